@@ -1,0 +1,104 @@
+"""Find targets and inputs in a batch of any usual form: tuple, list, dict, dataclass. Two candidates are never chosen between."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+TargetKey: TypeAlias = int | str | Callable[[Any], Tensor] | None
+
+_TARGET_NAMES = ("label", "labels", "target", "targets", "y")
+
+
+def targets_of(batch: Any, target_key: TargetKey = None) -> Tensor:
+    """The targets of a batch, as they are: class indices ``(N,)``, per token ``(N, T)``, or soft labels ``(N, C)``.
+
+    Args:
+        batch: what the data loader gives.
+        target_key: a position in a tuple or list, a key of a dict, an attribute, or a function of the batch. None looks for
+            ``label(s)``, ``target(s)`` or ``y`` in a dict, the second entry of a tuple or list, an attribute of those names.
+
+    Raises:
+        ValueError: if there are no targets to be found, or several that could be meant; the message shows the batch.
+    """
+    if callable(target_key):
+        found = target_key(batch)
+    elif target_key is not None:
+        found = _entry(batch, target_key)
+    else:
+        found = _guess(batch)
+    if not isinstance(found, Tensor):
+        raise ValueError(f"the targets are {_describe(found)}, not a tensor, in a batch of {_describe(batch)}: set target_key.")
+    return found
+
+
+def inputs_of(batch: Any) -> Any:
+    """What a classifier is called with: the first entry of a tuple or list, else the batch itself."""
+    return batch[0] if isinstance(batch, (tuple, list)) and len(batch) > 0 else batch
+
+
+def class_indices(targets: Tensor, num_samples: int, where: str = "the targets") -> Tensor:
+    """Targets as int64 class indices ``(num_samples,)``: per-token targets are flattened, several views repeat their targets.
+
+    Args:
+        targets: integer class indices ``(N,)`` or ``(N, T)``.
+        num_samples: samples that the features have; a multiple of the targets where the layer ran once per view.
+        where: begins the message of an error.
+
+    Raises:
+        ValueError: if the targets are not integers, or their number does not divide ``num_samples``.
+    """
+    if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
+        hint = "soft labels of shape (N, C)" if targets.ndim == 2 else f"{targets.dtype}"
+        raise ValueError(
+            f"{where} are {hint}, but integer class indices are needed (rounding would hide an error): give a target_key that "
+            "leads to class indices, for example a function such as `lambda batch: batch[1].argmax(1)`."
+        )
+    flat = targets.reshape(-1)
+    if flat.numel() == 0 or num_samples % flat.numel():
+        raise ValueError(
+            f"{where} have shape {tuple(targets.shape)}, which does not fit {num_samples} samples of features: choose a pooling "
+            "('tokens' where each token has a target), or a target_key that leads to one target per sample."
+        )
+    return flat.long().repeat(num_samples // flat.numel())
+
+
+def _entry(batch: Any, key: int | str) -> Any:
+    try:
+        if isinstance(batch, Mapping) or (isinstance(key, int) and isinstance(batch, Sequence)):
+            return batch[key]
+        return getattr(batch, str(key))
+    except (KeyError, IndexError, AttributeError):
+        raise ValueError(f"target_key={key!r} leads nowhere in a batch of {_describe(batch)}.") from None
+
+
+def _guess(batch: Any) -> Any:
+    if isinstance(batch, Mapping):
+        found = [batch[name] for name in _TARGET_NAMES if name in batch]
+    elif isinstance(batch, (tuple, list)) and not hasattr(batch, "_fields"):
+        nested = len(batch) > 0 and isinstance(batch[0], (tuple, list)) and len(batch[0]) > 1
+        found = [] if nested else [*batch[1:2]]  # ((x, y), index): the second entry is no target
+    else:
+        found = [getattr(batch, name) for name in _TARGET_NAMES if hasattr(batch, name)]
+    if len(found) != 1:
+        what = "no targets" if not found else "several entries that could be the targets"
+        raise ValueError(
+            f"found {what} in a batch of {_describe(batch)}: set target_key to a position, a key, an attribute, or a function "
+            "of the batch."
+        )
+    return found[0]
+
+
+def _describe(value: Any, depth: int = 2) -> str:
+    if isinstance(value, Tensor):
+        return f"Tensor{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+    if depth == 0 or isinstance(value, str):
+        return type(value).__name__
+    if isinstance(value, Mapping):
+        return "dict(" + ", ".join(f"{key}: {_describe(entry, depth - 1)}" for key, entry in value.items()) + ")"
+    if isinstance(value, (tuple, list)):
+        return f"{type(value).__name__}(" + ", ".join(_describe(entry, depth - 1) for entry in value) + ")"
+    fields = {key: entry for key, entry in getattr(value, "__dict__", {}).items() if not key.startswith("_")}
+    named = ", ".join(f"{key}: {_describe(entry, depth - 1)}" for key, entry in fields.items())
+    return f"{type(value).__name__}({named})"

@@ -1,0 +1,308 @@
+"""Add terms to the loss that ``training_step`` returns, in any LightningModule; every regularizer goes through here.
+
+A term is added inside ``training_step``: there it meets the loss before the fp16 scale and the division by accumulated batches,
+and inside the forward of DDP. ``on_before_backward`` comes after all three. With manual optimization a term joins a
+``manual_backward`` of the step; a module that calls ``loss.backward()`` itself asks for the terms through ``LossTermsMixin``.
+
+All terms of a module share one engine, so that the order of the callbacks that bring them does not matter.
+"""
+
+import inspect
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from lightning_feat import own_parameters
+from lightning_feat.batches import TargetKey, class_indices, targets_of
+from lightning_feat.taps import FeatureTap
+from lightning_feat.wraps import add_link, get_link, remove_link
+
+_KEY = "loss_terms"
+
+
+@dataclass(frozen=True)
+class WeightSchedule:
+    """A weight that depends on the time: zero before ``start_epoch``, from ``end_epoch`` on, and between every n-th batch.
+
+    Args:
+        peak: the weight after warm-up.
+        warmup_epochs: epochs over which it rises from zero, linearly and batch by batch, counted from ``start_epoch``.
+        start_epoch: first epoch (from 0) with the term.
+        end_epoch: first epoch without it again; None for never.
+        every_n_batches: the term is computed in batches 0, n, 2n, ... of each epoch only. Its weight there is not multiplied by n.
+    """
+
+    peak: float = 1.0
+    warmup_epochs: float = 0.0
+    start_epoch: int = 0
+    end_epoch: int | None = None
+    every_n_batches: int = 1
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.peak):
+            raise ValueError(f"a loss weight must be finite, got {self.peak}.")
+        if self.warmup_epochs < 0 or self.start_epoch < 0 or self.every_n_batches < 1:
+            raise ValueError(f"need warmup_epochs >= 0, start_epoch >= 0 and every_n_batches >= 1, got {self}.")
+        if self.end_epoch is not None and self.end_epoch <= self.start_epoch:
+            raise ValueError(f"end_epoch={self.end_epoch} must come after start_epoch={self.start_epoch}.")
+
+    def at(self, epoch: int, batch_idx: int = 0, num_batches: float = math.inf) -> float:
+        """The weight in batch ``batch_idx`` (from 0) of ``num_batches`` in ``epoch`` (from 0)."""
+        over = self.end_epoch is not None and epoch >= self.end_epoch
+        if epoch < self.start_epoch or over or batch_idx % self.every_n_batches:
+            return 0.0
+        if self.warmup_epochs == 0:
+            return self.peak
+        share_of_epoch = (batch_idx + 1) / num_batches if math.isfinite(num_batches) else 0.0
+        return self.peak * min(1.0, (epoch - self.start_epoch + share_of_epoch) / self.warmup_epochs)
+
+
+Weight: TypeAlias = float | WeightSchedule
+
+
+class LossTerm(ABC):
+    """Something to be added to the loss.
+
+    Args:
+        name: the first part of what is logged: ``<name>/loss/<layer>``, the value without weight, and ``<name>/share/<layer>``,
+            the weighted value as a share of the whole loss. One name and layer stand for one term.
+        weight: factor of the value, a number or a schedule.
+        taps: the taps that listen while ``training_step`` runs; the first one's layer is part of what is logged.
+        parameters: a module whose parameters are trained along with the user's, if the term has any.
+        backward_index: with manual optimization, which ``manual_backward`` of the step the term joins, from 0.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        weight: Weight,
+        taps: Sequence[FeatureTap],
+        parameters: nn.Module | None = None,
+        backward_index: int = 0,
+    ) -> None:
+        if backward_index < 0:
+            raise ValueError(f"backward_index={backward_index}: it counts the manual_backward calls of a step from 0.")
+        self.name = name
+        self.weight = weight if isinstance(weight, WeightSchedule) else WeightSchedule(float(weight))
+        self.taps = list(taps)
+        self.parameters = parameters
+        self.backward_index = backward_index
+
+    @property
+    def key(self) -> str:
+        """What tells this term from others: its name and layer."""
+        return f"{self.name}@{self.taps[0].label}" if self.taps else self.name
+
+    def log_name(self, measure: str) -> str:
+        """The name under which ``measure`` is logged."""
+        return f"{self.name}/{measure}/{self.taps[0].label}" if self.taps else f"{self.name}/{measure}"
+
+    @abstractmethod
+    def value(self, module: LightningModule, batch: Any) -> Tensor:
+        """The scalar to be weighted and added; called outside autocast, after the taps have heard the step."""
+
+
+class FeatureLossTerm(LossTerm):
+    """A function of the features of one layer, and of the targets if it takes two arguments.
+
+    Args:
+        loss: ``loss(features)`` or ``loss(features, targets)``, a scalar tensor; features ``(N, D)`` in float32 at least, targets
+            ``(N,)`` int64. The parameters of an ``nn.Module`` are trained along.
+        name: see ``LossTerm``; and there ``weight`` and ``backward_index``.
+        tap: where the features come from; it must keep the graph.
+        target_key: where a batch keeps the targets, see ``targets_of``.
+        ignore_index: samples with this target are left out. With no sample left the term is zero.
+    """
+
+    def __init__(
+        self,
+        loss: Callable[..., Tensor],
+        name: str,
+        tap: FeatureTap,
+        weight: Weight = 1.0,
+        target_key: TargetKey = None,
+        ignore_index: int = -100,
+        backward_index: int = 0,
+    ) -> None:
+        parameters = loss if isinstance(loss, nn.Module) else None
+        super().__init__(name, weight, [tap], parameters, backward_index)
+        self.loss = loss
+        self.tap = tap
+        self.target_key = target_key
+        self.ignore_index = ignore_index
+        self.takes_targets = _takes_two(loss)
+
+    def value(self, module: LightningModule, batch: Any) -> Tensor:
+        features = self.tap.take()
+        if features.dtype != torch.float64:
+            features = features.float()
+        if not self.takes_targets:
+            return self.loss(features)
+        targets = class_indices(targets_of(batch, self.target_key), len(features), f"the targets of {self.key}")
+        keep = targets != self.ignore_index
+        if bool(keep.all()):
+            return self.loss(features, targets)
+        # Nothing left: still a function of the features, so that DDP finds every parameter in the graph on every rank.
+        return self.loss(features[keep], targets[keep]) if bool(keep.any()) else 0.0 * features.sum()
+
+
+def _takes_two(loss: Callable[..., Tensor]) -> bool:
+    function = loss.forward if isinstance(loss, nn.Module) else loss
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    needed = [p for p in inspect.signature(function).parameters.values() if p.kind in kinds and p.default is p.empty]
+    if len(needed) not in (1, 2):
+        raise ValueError(f"a loss takes (features) or (features, targets), but {loss!r} needs {len(needed)} arguments.")
+    return len(needed) == 2
+
+
+class _Engine:
+    """Adds the due terms of one module to each loss. Its methods are the links around methods of the module."""
+
+    def __init__(self) -> None:
+        self.terms: dict[str, LossTerm] = {}
+        self.waiting: dict[str, float] = {}  # weights of the terms that this step has still to add
+        self.batch: Any = None
+        self.backwards = 0  # calls of manual_backward in this step
+        self.ever_joined = False
+        self.logged_batch = -1
+
+    def around_configure_optimizers(self, module: LightningModule, call: Callable[..., Any]) -> Any:
+        # Here and not in on_fit_start: Tuner.lr_find never calls that hook of ours, and would tune another training.
+        for term in self.terms.values():
+            for tap in term.taps:
+                tap.attach(module)
+        configured = call()
+        own_parameters.append_to_optimizer(module, configured)
+        return configured
+
+    def around_training_step(self, module: LightningModule, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self.batch = args[0] if args else next(iter(kwargs.values()), None)
+        self.waiting = self._due(module)
+        self.backwards = 0
+        try:
+            with ExitStack() as stack:
+                for key in self.waiting:
+                    for tap in self.terms[key].taps:
+                        stack.enter_context(tap.listening())
+                returned = call(*args, **kwargs)
+                if not module.automatic_optimization:
+                    self._refuse_bare_backward(module)
+                    return returned
+                if returned is None:
+                    return None  # Lightning skips this batch
+                if isinstance(returned, dict):
+                    return {**returned, "loss": self.add(module, returned["loss"])}
+                return self.add(module, returned)
+        finally:
+            self.waiting, self.batch = {}, None
+
+    def around_manual_backward(
+        self, module: LightningModule, call: Callable[..., Any], loss: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        index, self.backwards = self.backwards, self.backwards + 1
+        joining = [key for key in self.waiting if self.terms[key].backward_index == index]
+        return call(self.add(module, loss, joining), *args, **kwargs)
+
+    def add(self, module: LightningModule, loss: Tensor, keys: Sequence[str] | None = None) -> Tensor:
+        """The loss plus the waiting terms (of ``keys``), each logged."""
+        keys = list(self.waiting) if keys is None else keys
+        weights = {key: self.waiting.pop(key) for key in keys}
+        with torch.autocast(module.device.type, enabled=False):
+            values = {key: self.terms[key].value(module, self.batch) for key in keys}
+            total = loss
+            for key, value in values.items():
+                total = total + weights[key] * value
+            # DDP waits for every parameter in every batch, due or not; so touch them all.
+            own = [p for term in self.terms.values() if term.parameters is not None for p in term.parameters.parameters()]
+            if own:
+                total = total + 0.0 * torch.stack([p.sum() for p in own]).sum()
+        self.ever_joined = self.ever_joined or bool(keys)
+        self._log(module, values, weights, total)
+        return total
+
+    def _due(self, module: LightningModule) -> dict[str, float]:
+        trainer = module._trainer  # None where the step is called by hand
+        if trainer is None:
+            now: tuple[int, int, float] = (0, 0, math.inf)
+        else:
+            now = (trainer.current_epoch, trainer.fit_loop.batch_idx, trainer.num_training_batches)
+        weights = {key: term.weight.at(*now) for key, term in self.terms.items()}
+        return {key: weight for key, weight in weights.items() if weight != 0.0}
+
+    def _refuse_bare_backward(self, module: LightningModule) -> None:
+        if self.waiting and not self.ever_joined:  # later a step may leave out its backward on purpose
+            raise RuntimeError(
+                f"the loss terms {', '.join(self.waiting)} never reached a loss: {type(module).__name__} uses manual optimization "
+                f"but called self.manual_backward {self.backwards} times in its step. Call self.manual_backward(loss) in place of "
+                "loss.backward(), set backward_index, or derive the module from lightning_feat.mixins.LossTermsMixin and "
+                "add self.loss_terms() to the loss."
+            )
+
+    def _log(
+        self, module: LightningModule, values: dict[str, Tensor], weights: dict[str, float], total: Tensor
+    ) -> None:
+        trainer = module._trainer
+        if trainer is None or not values or self.logged_batch == trainer.fit_loop.total_batch_idx:
+            return  # the second closure of SAM, at the perturbed weights
+        if len(self.waiting) == 0:
+            self.logged_batch = trainer.fit_loop.total_batch_idx
+        whole = total.detach().float()
+        for key, value in values.items():
+            value = value.detach().float()
+            how: dict[str, Any] = {"on_step": False, "on_epoch": True, "sync_dist": True, "batch_size": 1}
+            module.log(self.terms[key].log_name("loss"), value, **how)
+            module.log(self.terms[key].log_name("share"), weights[key] * value / whole, **how)
+
+
+def add_loss_term(module: LightningModule, term: LossTerm) -> None:
+    """Add ``term`` to each loss of ``module`` from now on; call it in ``setup("fit")``, before optimizers are configured.
+
+    Raises:
+        ValueError: if another term of the same name and layer is there already.
+    """
+    engine = _engine_of(module)
+    if engine is None:
+        engine = _Engine()
+        add_link(module, "configure_optimizers", _KEY, engine.around_configure_optimizers)
+        add_link(module, "manual_backward", _KEY, engine.around_manual_backward)
+        add_link(module, "training_step", _KEY, engine.around_training_step)
+    there = engine.terms.get(term.key)
+    if there is not None and there is not term:
+        raise ValueError(f"there are two loss terms {term.name!r} on layer {term.taps[0].label!r}: drop one, or rename it.")
+    engine.terms[term.key] = term
+    if term.parameters is not None:
+        own_parameters.adopt(module, term.key, term.parameters)
+
+
+def remove_loss_term(module: LightningModule, term: LossTerm) -> None:
+    """Undo ``add_loss_term``; with the last term the module is as it was. Nothing happens if the term is not there."""
+    engine = _engine_of(module)
+    if engine is None or engine.terms.get(term.key) is not term:
+        return
+    del engine.terms[term.key]
+    for tap in term.taps:
+        tap.remove()
+    own_parameters.release(module, term.key)
+    if not engine.terms:
+        for method in ("configure_optimizers", "manual_backward", "training_step"):
+            remove_link(module, method, _KEY)
+
+
+def waiting_loss_terms(module: LightningModule) -> Tensor:
+    """The weighted sum of the terms that this step has still to add; they count as added. Zero if there are none."""
+    engine = _engine_of(module)
+    nothing = torch.zeros((), device=module.device)
+    return nothing if engine is None else engine.add(module, nothing)
+
+
+def _engine_of(module: LightningModule) -> _Engine | None:
+    link = get_link(module, "training_step", _KEY)
+    engine = getattr(link, "__self__", None)
+    return engine if isinstance(engine, _Engine) else None

@@ -1,0 +1,156 @@
+"""Parameters that a callback brings along: trained with the user's, kept out of the user's checkpoint entries.
+
+They live in a submodule of the LightningModule (so that DDP, devices and ``self.parameters()`` know them) and in an existing
+parameter group (a group of their own would break schedulers and rename what ``LearningRateMonitor`` logs). In a checkpoint they
+stand under a key of their own, and so does their optimizer state, so that checkpoints written with and without them can be
+exchanged. Under FSDP2, whose sharded checkpoints are written from the module itself, the keys stay visible: resume such a run
+with the same callbacks.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+from torch.optim import Optimizer
+
+_NAME = "_feat_own"
+_CHECKPOINT_KEY = "lightning_feat_own_parameters"
+
+
+class _OwnParameters(nn.ModuleDict):
+    """The submodule that holds them, and the marks that find them in an optimizer."""
+
+    def marked(self) -> None:
+        for name, parameter in self.named_parameters():
+            parameter._feat_own = name  # type: ignore[attr-defined]
+
+
+def adopt(module: LightningModule, key: str, submodule: nn.Module) -> None:
+    """Make ``submodule`` a part of ``module`` that the state dict does not show. Call it before optimizers are configured."""
+    own = module._modules.get(_NAME)
+    if not isinstance(own, _OwnParameters):
+        own = _OwnParameters()
+        module.add_module(_NAME, own)
+        module.__dict__["_feat_own_handles"] = (
+            module.register_state_dict_post_hook(_hide),
+            module.register_load_state_dict_pre_hook(_fill),
+        )
+    own[_safe(key)] = submodule.to(module.device)
+    own.marked()
+
+
+def release(module: LightningModule, key: str) -> None:
+    """Undo ``adopt``; the submodule keeps its values. Nothing happens if it is not there."""
+    own = module._modules.get(_NAME)
+    if not isinstance(own, _OwnParameters) or _safe(key) not in own:
+        return
+    del own[_safe(key)]
+    if not len(own):
+        del module._modules[_NAME]
+        for handle in module.__dict__.pop("_feat_own_handles", ()):
+            handle.remove()
+
+
+def append_to_optimizer(module: LightningModule, configured: Any) -> None:
+    """Append the own parameters that no optimizer holds yet to the last group of the first optimizer."""
+    own = module._modules.get(_NAME)
+    optimizers = optimizers_in(configured)
+    if own is None or not optimizers:
+        return
+    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    optimizers[0].param_groups[-1]["params"] += [p for p in own.parameters() if id(p) not in held]
+
+
+def optimizers_in(configured: Any) -> list[Optimizer]:
+    """The optimizers in what ``configure_optimizers`` returned, whichever of Lightning's forms that has."""
+    if isinstance(configured, Optimizer):
+        return [configured]
+    if isinstance(configured, Mapping):
+        return optimizers_in(configured.get("optimizer"))
+    if isinstance(configured, Sequence):
+        found = [optimizer for entry in configured for optimizer in optimizers_in(entry)]
+        return list(dict.fromkeys(found))
+    return []
+
+
+def save(trainer: Trainer, checkpoint: dict[str, Any], key: str, submodule: nn.Module) -> None:
+    """Store the submodule and split its optimizer state off; for ``on_save_checkpoint`` of the callback that brought it."""
+    if _keys_stay_visible(trainer):
+        return
+    stored = checkpoint.setdefault(_CHECKPOINT_KEY, {"modules": {}})
+    stored["modules"][_safe(key)] = submodule.state_dict()
+    if "optimizers" in stored or "optimizer_states" not in checkpoint:
+        return  # an earlier callback has split off the state of all own parameters
+    stored["optimizers"] = []
+    for i, (optimizer, state) in enumerate(zip(trainer.optimizers, checkpoint["optimizer_states"], strict=True)):
+        order = _in_order(optimizer)
+        new = {old: i for i, old in enumerate(old for old, p in enumerate(order) if not hasattr(p, "_feat_own"))}
+        mine = {old: p._feat_own for old, p in enumerate(order) if hasattr(p, "_feat_own")}
+        stored["optimizers"].append({name: state["state"][old] for old, name in mine.items() if old in state["state"]})
+        groups = [{**g, "params": [new[old] for old in g["params"] if old in new]} for g in state["param_groups"]]
+        kept = {new[old]: entry for old, entry in state["state"].items() if old in new}
+        checkpoint["optimizer_states"][i] = {"state": kept, "param_groups": groups}
+
+
+def load(trainer: Trainer, checkpoint: dict[str, Any], key: str, submodule: nn.Module) -> None:
+    """Undo ``save``; for ``on_load_checkpoint``. A checkpoint without the submodule leaves it as it is."""
+    if _keys_stay_visible(trainer):
+        return
+    stored = checkpoint.get(_CHECKPOINT_KEY, {})
+    if _safe(key) in stored.get("modules", {}):
+        submodule.load_state_dict(stored["modules"][_safe(key)])
+    strategy = trainer.strategy
+    if "load_optimizer_state_dict" not in strategy.__dict__:
+        # The optimizers do not exist yet, so their part waits until Lightning loads theirs.
+        strategy.load_optimizer_state_dict = functools.partial(_load_optimizers, trainer)  # type: ignore[method-assign]
+
+
+def _load_optimizers(trainer: Trainer, checkpoint: Mapping[str, Any]) -> None:
+    strategy = trainer.strategy
+    del strategy.__dict__["load_optimizer_state_dict"]
+    stored: list[dict[str, Any]] = checkpoint.get(_CHECKPOINT_KEY, {}).get("optimizers", [])
+    states = []
+    for i, (optimizer, state) in enumerate(zip(strategy.optimizers, checkpoint["optimizer_states"], strict=False)):
+        order = _in_order(optimizer)
+        users = [position for position, p in enumerate(order) if not hasattr(p, "_feat_own")]
+        entries = {users[old]: entry for old, entry in state["state"].items()}
+        mine = stored[i] if i < len(stored) else {}
+        entries |= {position: mine[p._feat_own] for position, p in enumerate(order) if getattr(p, "_feat_own", None) in mine}
+        groups, start = [], 0
+        for saved, live in zip(state["param_groups"], optimizer.param_groups, strict=False):
+            groups.append({**saved, "params": list(range(start, start + len(live["params"])))})
+            start += len(live["params"])
+        states.append({"state": entries, "param_groups": groups})
+    strategy.load_optimizer_state_dict({**checkpoint, "optimizer_states": states})
+
+
+def _keys_stay_visible(trainer: Trainer) -> bool:
+    return type(trainer.strategy).__name__ == "ModelParallelStrategy"
+
+
+def _in_order(optimizer: Optimizer) -> list[Any]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _safe(key: str) -> str:
+    return key.replace(".", "/")  # the name of a submodule has no dots
+
+
+def _hide(module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
+    if not _visible(module):
+        for name in [name for name in state_dict if name.startswith(f"{prefix}{_NAME}.")]:
+            del state_dict[name]
+
+
+def _fill(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    own = module._modules.get(_NAME)
+    if own is not None:
+        for name, value in own.state_dict(prefix=f"{prefix}{_NAME}.").items():
+            state_dict.setdefault(name, value)
+
+
+def _visible(module: nn.Module) -> bool:
+    trainer = getattr(module, "_trainer", None)
+    return trainer is not None and _keys_stay_visible(trainer)
