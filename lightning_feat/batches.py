@@ -1,4 +1,6 @@
-"""Find targets and inputs in a batch of any usual form: tuple, list, dict, dataclass. Two candidates are never chosen between."""
+"""Find targets and inputs in a batch of any usual form: tuple, list, dict, dataclass. Two candidates are never chosen
+between.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -16,8 +18,9 @@ def targets_of(batch: Any, target_key: TargetKey = None) -> Tensor:
 
     Args:
         batch: what the data loader gives.
-        target_key: a position in a tuple or list, a key of a dict, an attribute, or a function of the batch. None looks for
-            ``label(s)``, ``target(s)`` or ``y`` in a dict, the second entry of a tuple or list, an attribute of those names.
+        target_key: a position in a tuple or list, a key of a dict, an attribute, or a function of the batch. None
+            looks for ``label(s)``, ``target(s)`` or ``y`` in a dict, the second entry of a tuple or list, an
+            attribute of those names.
 
     Raises:
         ValueError: if there are no targets to be found, or several that could be meant; the message shows the batch.
@@ -29,7 +32,9 @@ def targets_of(batch: Any, target_key: TargetKey = None) -> Tensor:
     else:
         found = _guess(batch)
     if not isinstance(found, Tensor):
-        raise ValueError(f"the targets are {_describe(found)}, not a tensor, in a batch of {_describe(batch)}: set target_key.")
+        raise ValueError(
+            f"the targets are {_describe(found)}, not a tensor, in a batch of {_describe(batch)}: set target_key."
+        )
     return found
 
 
@@ -39,7 +44,8 @@ def inputs_of(batch: Any) -> Any:
 
 
 def class_indices(targets: Tensor, num_samples: int, where: str = "the targets") -> Tensor:
-    """Targets as int64 class indices ``(num_samples,)``: per-token targets are flattened, several views repeat their targets.
+    """Targets as int64 class indices ``(num_samples,)``: per-token targets are flattened, several views repeat their
+    targets.
 
     Args:
         targets: integer class indices ``(N,)`` or ``(N, T)``.
@@ -52,13 +58,15 @@ def class_indices(targets: Tensor, num_samples: int, where: str = "the targets")
     if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
         hint = "soft labels of shape (N, C)" if targets.ndim == 2 else f"{targets.dtype}"
         raise ValueError(
-            f"{where} are {hint}, but integer class indices are needed (rounding would hide an error): give a target_key that "
+            f"{where} are {hint}, but integer class indices are needed (rounding would hide an error): give a "
+            "target_key that "
             "leads to class indices, for example a function such as `lambda batch: batch[1].argmax(1)`."
         )
     flat = targets.reshape(-1)
     if flat.numel() == 0 or num_samples % flat.numel():
         raise ValueError(
-            f"{where} have shape {tuple(targets.shape)}, which does not fit {num_samples} samples of features: choose a pooling "
+            f"{where} have shape {tuple(targets.shape)}, which does not fit {num_samples} samples of features: "
+            "choose a pooling "
             "('tokens' where each token has a target), or a target_key that leads to one target per sample."
         )
     return flat.long().repeat(num_samples // flat.numel())
@@ -66,7 +74,9 @@ def class_indices(targets: Tensor, num_samples: int, where: str = "the targets")
 
 def _entry(batch: Any, key: int | str) -> Any:
     try:
-        if isinstance(batch, Mapping) or (isinstance(key, int) and isinstance(batch, Sequence)):
+        if isinstance(batch, Mapping):
+            return batch[key]
+        if isinstance(batch, Sequence) and isinstance(key, int):
             return batch[key]
         return getattr(batch, str(key))
     except (KeyError, IndexError, AttributeError):
@@ -84,7 +94,8 @@ def _guess(batch: Any) -> Any:
     if len(found) != 1:
         what = "no targets" if not found else "several entries that could be the targets"
         raise ValueError(
-            f"found {what} in a batch of {_describe(batch)}: set target_key to a position, a key, an attribute, or a function "
+            f"found {what} in a batch of {_describe(batch)}: set target_key to a position, a key, an attribute, "
+            "or a function "
             "of the batch."
         )
     return found[0]

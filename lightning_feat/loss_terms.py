@@ -1,8 +1,9 @@
 """Add terms to the loss that ``training_step`` returns, in any LightningModule; every regularizer goes through here.
 
-A term is added inside ``training_step``: there it meets the loss before the fp16 scale and the division by accumulated batches,
-and inside the forward of DDP. ``on_before_backward`` comes after all three. With manual optimization a term joins a
-``manual_backward`` of the step; a module that calls ``loss.backward()`` itself asks for the terms through ``LossTermsMixin``.
+A term is added inside ``training_step``: there it meets the loss before the fp16 scale and the division by
+accumulated batches, and inside the forward of DDP. ``on_before_backward`` comes after all three. With manual
+optimization a term joins a ``manual_backward`` of the step; a module that calls ``loss.backward()`` itself asks for
+the terms through ``LossTermsMixin``.
 
 All terms of a module share one engine, so that the order of the callbacks that bring them does not matter.
 """
@@ -29,14 +30,16 @@ _KEY = "loss_terms"
 
 @dataclass(frozen=True)
 class WeightSchedule:
-    """A weight that depends on the time: zero before ``start_epoch``, from ``end_epoch`` on, and between every n-th batch.
+    """A weight that depends on the time: zero before ``start_epoch``, from ``end_epoch`` on, and between every n-th
+    batch.
 
     Args:
         peak: the weight after warm-up.
         warmup_epochs: epochs over which it rises from zero, linearly and batch by batch, counted from ``start_epoch``.
         start_epoch: first epoch (from 0) with the term.
         end_epoch: first epoch without it again; None for never.
-        every_n_batches: the term is computed in batches 0, n, 2n, ... of each epoch only. Its weight there is not multiplied by n.
+        every_n_batches: the term is computed in batches 0, n, 2n, ... of each epoch only. Its weight there is not
+            multiplied by n.
     """
 
     peak: float = 1.0
@@ -71,8 +74,9 @@ class LossTerm(ABC):
     """Something to be added to the loss.
 
     Args:
-        name: the first part of what is logged: ``<name>/loss/<layer>``, the value without weight, and ``<name>/share/<layer>``,
-            the weighted value as a share of the whole loss. One name and layer stand for one term.
+        name: the first part of what is logged: ``<name>/loss/<layer>``, the value without weight, and
+            ``<name>/share/<layer>``, the weighted value as a share of the whole loss. One name and layer stand for
+            one term.
         weight: factor of the value, a number or a schedule.
         taps: the taps that listen while ``training_step`` runs; the first one's layer is part of what is logged.
         parameters: a module whose parameters are trained along with the user's, if the term has any.
@@ -113,8 +117,8 @@ class FeatureLossTerm(LossTerm):
     """A function of the features of one layer, and of the targets if it takes two arguments.
 
     Args:
-        loss: ``loss(features)`` or ``loss(features, targets)``, a scalar tensor; features ``(N, D)`` in float32 at least, targets
-            ``(N,)`` int64. The parameters of an ``nn.Module`` are trained along.
+        loss: ``loss(features)`` or ``loss(features, targets)``, a scalar tensor; features ``(N, D)`` in float32 at
+            least, targets ``(N,)`` int64. The parameters of an ``nn.Module`` are trained along.
         name: see ``LossTerm``; and there ``weight`` and ``backward_index``.
         tap: where the features come from; it must keep the graph.
         target_key: where a batch keeps the targets, see ``targets_of``.
@@ -220,7 +224,9 @@ class _Engine:
             for key, value in values.items():
                 total = total + weights[key] * value
             # DDP waits for every parameter in every batch, due or not; so touch them all.
-            own = [p for term in self.terms.values() if term.parameters is not None for p in term.parameters.parameters()]
+            own = [
+                p for term in self.terms.values() if term.parameters is not None for p in term.parameters.parameters()
+            ]
             if own:
                 total = total + 0.0 * torch.stack([p.sum() for p in own]).sum()
         self.ever_joined = self.ever_joined or bool(keys)
@@ -239,9 +245,12 @@ class _Engine:
     def _refuse_bare_backward(self, module: LightningModule) -> None:
         if self.waiting and not self.ever_joined:  # later a step may leave out its backward on purpose
             raise RuntimeError(
-                f"the loss terms {', '.join(self.waiting)} never reached a loss: {type(module).__name__} uses manual optimization "
-                f"but called self.manual_backward {self.backwards} times in its step. Call self.manual_backward(loss) in place of "
-                "loss.backward(), set backward_index, or derive the module from lightning_feat.mixins.LossTermsMixin and "
+                f"the loss terms {', '.join(self.waiting)} never reached a loss: {type(module).__name__} uses "
+                "manual optimization "
+                f"but called self.manual_backward {self.backwards} times in its step. Call "
+                "self.manual_backward(loss) in place of "
+                "loss.backward(), set backward_index, or derive the module from "
+                "lightning_feat.mixins.LossTermsMixin and "
                 "add self.loss_terms() to the loss."
             )
 
@@ -262,7 +271,8 @@ class _Engine:
 
 
 def add_loss_term(module: LightningModule, term: LossTerm) -> None:
-    """Add ``term`` to each loss of ``module`` from now on; call it in ``setup("fit")``, before optimizers are configured.
+    """Add ``term`` to each loss of ``module`` from now on; call it in ``setup("fit")``, before optimizers are
+    configured.
 
     Raises:
         ValueError: if another term of the same name and layer is there already.
@@ -275,7 +285,9 @@ def add_loss_term(module: LightningModule, term: LossTerm) -> None:
         add_link(module, "training_step", _KEY, engine.around_training_step)
     there = engine.terms.get(term.key)
     if there is not None and there is not term:
-        raise ValueError(f"there are two loss terms {term.name!r} on layer {term.taps[0].label!r}: drop one, or rename it.")
+        raise ValueError(
+            f"there are two loss terms {term.name!r} on layer {term.taps[0].label!r}: drop one, or rename it."
+        )
     engine.terms[term.key] = term
     if term.parameters is not None:
         own_parameters.adopt(module, term.key, term.parameters)

@@ -1,10 +1,10 @@
 """Parameters that a callback brings along: trained with the user's, kept out of the user's checkpoint entries.
 
-They live in a submodule of the LightningModule (so that DDP, devices and ``self.parameters()`` know them) and in an existing
-parameter group (a group of their own would break schedulers and rename what ``LearningRateMonitor`` logs). In a checkpoint they
-stand under a key of their own, and so does their optimizer state, so that checkpoints written with and without them can be
-exchanged. Under FSDP2, whose sharded checkpoints are written from the module itself, the keys stay visible: resume such a run
-with the same callbacks.
+They live in a submodule of the LightningModule (so that DDP, devices and ``self.parameters()`` know them) and in an
+existing parameter group (a group of their own would break schedulers and rename what ``LearningRateMonitor`` logs).
+In a checkpoint they stand under a key of their own, and so does their optimizer state, so that checkpoints written
+with and without them can be exchanged. Under FSDP2, whose sharded checkpoints are written from the module itself, the
+keys stay visible: resume such a run with the same callbacks.
 """
 
 import functools
@@ -28,7 +28,9 @@ class _OwnParameters(nn.ModuleDict):
 
 
 def adopt(module: LightningModule, key: str, submodule: nn.Module) -> None:
-    """Make ``submodule`` a part of ``module`` that the state dict does not show. Call it before optimizers are configured."""
+    """Make ``submodule`` a part of ``module`` that the state dict does not show. Call it before optimizers are
+    configured.
+    """
     own = module._modules.get(_NAME)
     if not isinstance(own, _OwnParameters):
         own = _OwnParameters()
@@ -76,7 +78,9 @@ def optimizers_in(configured: Any) -> list[Optimizer]:
 
 
 def save(trainer: Trainer, checkpoint: dict[str, Any], key: str, submodule: nn.Module) -> None:
-    """Store the submodule and split its optimizer state off; for ``on_save_checkpoint`` of the callback that brought it."""
+    """Store the submodule and split its optimizer state off; for ``on_save_checkpoint`` of the callback that brought
+    it.
+    """
     if _keys_stay_visible(trainer):
         return
     stored = checkpoint.setdefault(_CHECKPOINT_KEY, {"modules": {}})
@@ -117,7 +121,9 @@ def _load_optimizers(trainer: Trainer, checkpoint: Mapping[str, Any]) -> None:
         users = [position for position, p in enumerate(order) if not hasattr(p, "_feat_own")]
         entries = {users[old]: entry for old, entry in state["state"].items()}
         mine = stored[i] if i < len(stored) else {}
-        entries |= {position: mine[p._feat_own] for position, p in enumerate(order) if getattr(p, "_feat_own", None) in mine}
+        entries |= {
+            position: mine[p._feat_own] for position, p in enumerate(order) if getattr(p, "_feat_own", None) in mine
+        }
         groups, start = [], 0
         for saved, live in zip(state["param_groups"], optimizer.param_groups, strict=False):
             groups.append({**saved, "params": list(range(start, start + len(live["params"])))})

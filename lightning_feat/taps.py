@@ -1,12 +1,11 @@
 """Read what a layer put out, in any LightningModule; every callback gets its features and targets here.
 
-A tap hears only while it listens: callbacks listen from the start of a batch to the first ``on_before_backward``, so that
-validation stays out, no graph outlives its batch, and a forward that runs again (the second closure of SAM, a block recomputed
-in backward) is not heard twice.
+A tap hears only while it listens: callbacks listen from the start of a batch to the first ``on_before_backward``, so
+that validation stays out, no graph outlives its batch, and a forward that runs again (the second closure of SAM, a
+block recomputed in backward) is not heard twice.
 """
 
 import difflib
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_feat.heads import find_classifier
+from lightning_feat.heads import find_classifier, forget_compiled_code
 
 Pooling: TypeAlias = Literal["mean", "max", "first", "flatten", "tokens", "channels_last_mean"]
 Read: TypeAlias = Literal["input", "output"]
@@ -29,8 +28,8 @@ class FeatureTap:
     """Hear the features of one layer.
 
     Args:
-        layer: dotted name of a submodule; None means the input of the classifier (see ``find_classifier``), for timm models
-            the penultimate features.
+        layer: dotted name of a submodule; None means the input of the classifier (see ``find_classifier``), for timm
+            models the penultimate features.
         read: the ``"output"`` of the layer (default), or its first ``"input"`` (default where ``layer`` is None).
         pooling: how features that are not ``(N, D)`` become so, see ``pool``. None refuses them.
         keep_graph: keep the features differentiable (for a loss term) instead of detaching them (for a monitor).
@@ -70,7 +69,7 @@ class FeatureTap:
             self._handle = layer.register_forward_pre_hook(self._ear.hear_input, with_kwargs=True)
         else:
             self._handle = layer.register_forward_hook(self._ear.hear_output)
-        _forget_compiled_code(module)
+        forget_compiled_code(module)
 
     def listen(self) -> None:
         """Begin to hear; what was heard before is dropped."""
@@ -95,13 +94,15 @@ class FeatureTap:
         heard, ear.heard = ear.heard, []
         if not heard:
             raise TapError(
-                f"the layer {self.layer or '(classifier)'} did not run in this batch, so there are no features. Is its weight used "
+                f"the layer {self.layer or '(classifier)'} did not run in this batch, so there are no features. "
+                "Is its weight used "
                 "functionally (F.linear(x, layer.weight)), or is it skipped in this step? Name a layer that is called."
             )
         for entry in heard:
             if not isinstance(entry, Tensor):
                 raise TapError(
-                    f"the {self.read} of layer {self.layer or '(classifier)'} is a {type(entry).__name__}, not a tensor: name a "
+                    f"the {self.read} of layer {self.layer or '(classifier)'} is a {type(entry).__name__}, not a "
+                    "tensor: name a "
                     "layer that gives a tensor, or read='input' of the layer that follows."
                 )
         return torch.cat([pool(entry, self.pooling, where=f"layer {self.label}") for entry in heard])
@@ -134,7 +135,9 @@ class FeatureTap:
 
 
 class _Ear:
-    """The hook: an object reachable from the layer, so that a copy of the module gets an ear, and a memory, of its own."""
+    """The hook: an object reachable from the layer, so that a copy of the module gets an ear, and a memory, of its
+    own.
+    """
 
     def __init__(self, keep_graph: bool) -> None:
         self.keep_graph = keep_graph
@@ -182,9 +185,12 @@ def _nearest(name: str, names: list[str], most: int = 4) -> list[str]:
 def pool(features: Tensor, pooling: Pooling | None, where: str = "the layer") -> Tensor:
     """Features of any usual shape as ``(N, D)``.
 
-    ``(N, D)`` stays, and so does ``(N, C, 1, 1)`` but for its last two axes. Otherwise, of ``(N, T, D)`` tokens or ``(N, C, H, W)``
-    maps: ``mean`` or ``max`` over tokens or positions; ``first`` token; ``flatten`` all of a sample into one vector; ``tokens``: each
-    token or position becomes a sample of its own, in order, ``(N * T, D)``; ``channels_last_mean`` for maps ``(N, H, W, C)``.
+    ``(N, D)`` stays, and so does ``(N, C, 1, 1)`` but for its last two axes. Otherwise, of ``(N, T, D)`` tokens or
+    ``(N, C, H, W)``
+    maps: ``mean`` or ``max`` over tokens or positions; ``first`` token; ``flatten`` all of a sample into one vector;
+        ``tokens``: each
+    token or position becomes a sample of its own, in order, ``(N * T, D)``; ``channels_last_mean`` for maps ``(N, H,
+    W, C)``.
 
     Raises:
         ValueError: if a pooling is needed and none is given, or the one given does not fit the shape.
@@ -194,7 +200,10 @@ def pool(features: Tensor, pooling: Pooling | None, where: str = "the layer") ->
     if features.ndim == 4 and features.shape[2:] == (1, 1):
         return features.flatten(1)
     if pooling is None or features.ndim not in (3, 4) or (pooling == "first") > (features.ndim == 3):
-        fitting = {3: "'mean', 'max', 'first', 'flatten' or 'tokens'", 4: "'mean', 'max', 'flatten', 'tokens' or 'channels_last_mean'"}
+        fitting = {
+            3: "'mean', 'max', 'first', 'flatten' or 'tokens'",
+            4: "'mean', 'max', 'flatten', 'tokens' or 'channels_last_mean'",
+        }
         raise ValueError(
             f"{where} gives features of shape {tuple(features.shape)} with pooling={pooling!r}, but (N, D) is needed: "
             + (f"set pooling to {fitting[features.ndim]}." if features.ndim in fitting else "name another layer.")
@@ -211,14 +220,3 @@ def pool(features: Tensor, pooling: Pooling | None, where: str = "the layer") ->
 
 
 _POOLINGS = ("mean", "max", "first", "flatten", "tokens", "channels_last_mean")
-
-
-def _forget_compiled_code(module: nn.Module) -> None:
-    # A graph that was traced before the hook was there never calls it, and says nothing.
-    if "torch._dynamo" in sys.modules and any(_is_compiled(part) for part in module.modules()):
-        torch.compiler.reset()
-
-
-def _is_compiled(part: nn.Module) -> bool:
-    named = type(part).__name__ == "OptimizedModule" or getattr(part, "_compiled_call_impl", None) is not None
-    return named or getattr(part, "_compiler_ctx", None) is not None  # the last: a compiled LightningModule

@@ -1,12 +1,13 @@
 """Wrap methods of one LightningModule, reversibly: the only place where a user's module is patched.
 
-A wrap is an instance attribute that shadows the method of the class and calls a chain of *links* around it. A link is any object
-with ``__call__(module, call, *args, **kwargs)``, where ``call`` is the method as it was (or the next link). Links are stored on
-the module under a key, so that setting up twice (a second ``fit``, ``Tuner.lr_find``, a crash before ``teardown``) changes nothing.
+A wrap is an instance attribute that shadows the method of the class and calls a chain of *links* around it. A link is
+any object with ``__call__(module, call, *args, **kwargs)``, where ``call`` is the method as it was (or the next
+link). Links are stored on the module under a key, so that setting up twice (a second ``fit``, ``Tuner.lr_find``, a
+crash before ``teardown``) changes nothing.
 
-Why not a closure: ``copy.deepcopy`` (weight averaging) would leave the copy calling the network of the original, and pickling
-would fail. Here the original is looked up through ``self`` at call time, links are objects that are copied with the module, and
-the wrapping function carries the name of the method, by which a bound method is pickled.
+Why not a closure: ``copy.deepcopy`` (weight averaging) would leave the copy calling the network of the original, and
+pickling would fail. Here the original is looked up through ``self`` at call time, links are objects that are copied
+with the module, and the wrapping function carries the name of the method, by which a bound method is pickled.
 """
 
 import functools
@@ -36,7 +37,9 @@ class _Wrap:
 
 
 def add_link(module: LightningModule, method: str, key: str, link: Link) -> None:
-    """Put ``link`` around ``module.method``, outside the links that are there; the same ``key`` replaces the earlier link."""
+    """Put ``link`` around ``module.method``, outside the links that are there; the same ``key`` replaces the earlier
+    link.
+    """
     wraps: dict[str, _Wrap] = module.__dict__.setdefault(_KEY, {})
     if not _is_wrapped(module, method):  # a pickled module comes back with its links, but with the method of its class
         wraps[method] = _Wrap(module.__dict__.get(method))
@@ -51,7 +54,7 @@ def get_link(module: LightningModule, method: str, key: str) -> Link | None:
 
 
 def remove_link(module: LightningModule, method: str, key: str) -> None:
-    """Take the link away; with the last one the method is again what it was before. Nothing happens if there is none."""
+    """Take the link away; with the last one the method is what it was before. Nothing happens if there is none."""
     wraps: dict[str, _Wrap] = module.__dict__.get(_KEY, {})
     wrap = wraps.get(method)
     if wrap is None or wrap.links.pop(key, None) is None or wrap.links:
@@ -81,8 +84,8 @@ def _wrapper(cls: type, method: str) -> Callable[..., Any]:
             call = functools.partial(link, self, call)
         return call(*args, **kwargs)
 
-    # Lightning reads the signature of training_step. It also follows __wrapped__ to tell whether a hook is overridden, and a
-    # wrapped configure_model of the base class would then never be called.
+    # Lightning reads the signature of training_step. It also follows __wrapped__ to tell whether a hook is
+    # overridden, and a wrapped configure_model of the base class would then never be called.
     wrapper.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
     del wrapper.__wrapped__  # type: ignore[attr-defined]
     wrapper._feat_wrapper = True  # type: ignore[attr-defined]

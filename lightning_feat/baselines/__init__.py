@@ -1,0 +1,6 @@
+"""Plain ``LightningModule``s, for the recipes to train. They know nothing of the rest of this library."""
+
+from lightning_feat.baselines.mlp_classifier import MLPClassifier
+from lightning_feat.baselines.timm_classifier import TimmClassifier
+
+__all__ = ["MLPClassifier", "TimmClassifier"]

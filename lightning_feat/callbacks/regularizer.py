@@ -11,7 +11,9 @@ from lightning_feat.taps import FeatureTap, Pooling, Read
 
 
 class Regularizer(Callback):
-    """Add one loss term to any LightningModule while it is fitted. Subclasses build the term; this class brings it in and out."""
+    """Add one loss term to any LightningModule while it is fitted. Subclasses build the term; this class brings it in
+    and out.
+    """
 
     def __init__(self, term: LossTerm) -> None:
         self.term = term
@@ -42,9 +44,10 @@ class Regularizer(Callback):
 class FeatureRegularizer(Regularizer):
     """Add any function of the features of a layer to the loss, with the right scale under accumulation, AMP and DDP.
 
-    Logs ``<name>/loss/<layer>``, the value without weight, and ``<name>/share/<layer>``, its weighted share of the loss, as means
-    over each epoch. The parameters of ``loss``, if it is an ``nn.Module``, are trained by the user's optimizer; a checkpoint keeps
-    them apart from the user's, so that runs with and without this callback can resume from one another.
+    Logs ``<name>/loss/<layer>``, the value without weight, and ``<name>/share/<layer>``, its weighted share of the
+    loss, as means over each epoch. The parameters of ``loss``, if it is an ``nn.Module``, are trained by the user's
+    optimizer; a checkpoint keeps them apart from the user's, so that runs with and without this callback can resume
+    from one another.
 
     Args:
         loss: ``loss(features)`` or ``loss(features, targets)`` giving a scalar; a function or an ``nn.Module``.

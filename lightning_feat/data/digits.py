@@ -15,7 +15,7 @@ from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, Dataset
 
 # Mean and standard deviation of the pixels of all 1,797 digits, scaled from [0, 16] to [0, 1].
-PIXEL_MEAN, PIXEL_STD = 0.3053, 0.3760
+PIXEL_MEAN, PIXEL_STD = 0.30526, 0.37605
 
 
 class DigitsDataModule(LightningDataModule):

@@ -1,15 +1,16 @@
 """What a data set is reduced to before anything is measured on its classes: sums that add over batches and ranks.
 
-One pass gives counts, sums and squared norms per class (and, where wanted, the second moment of all features). What needs
-the class means first (nearest centre, residuals) takes a second pass against the centers of the first.
+One pass gives counts, sums and squared norms per class and, where wanted, the second moment of all features. What
+needs the class means first (nearest mean, residuals) takes a second pass, against the centers of the first.
 
-Shapes: N samples, D features, C classes, S classes with samples, R directions that the class means span (at most S - 1).
+Shapes: N samples, D features, C classes, S classes with samples, R directions spanned by the class means, R < S.
 """
 
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
 GlobalMean = Literal["classes", "samples"]
 
@@ -76,7 +77,7 @@ def _check_shapes(features: Tensor, targets: Tensor, num_classes: int) -> bool:
     if features.ndim != 2 or targets.shape != wanted:
         raise ValueError(
             f"features must be (N, D) and targets (N,) class indices, or (N, {num_classes}) floating soft targets; got "
-            f"{tuple(features.shape)} and {tuple(targets.shape)} of {targets.dtype}: pool or flatten feature maps first."
+            f"{tuple(features.shape)} and {tuple(targets.shape)} {targets.dtype}: pool or flatten feature maps first."
         )
     if not soft and targets.is_floating_point():
         raise ValueError(
@@ -92,8 +93,8 @@ def _check_shapes(features: Tensor, targets: Tensor, num_classes: int) -> bool:
 
 def empty_class_sums(num_classes: int, num_features: int, device: torch.device | str | None = None) -> ClassSums:
     """The sums of no samples, float64."""
-    zeros = torch.zeros(num_classes, num_features + 2, dtype=torch.float64, device=device)
-    return ClassSums(zeros[:, 0].clone(), zeros[:, 2:].clone(), zeros[:, 1].clone())
+    shapes = (num_classes,), (num_classes, num_features), (num_classes,)
+    return ClassSums(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
 
 
 def add_class_sums_(totals: ClassSums, features: Tensor, targets: Tensor, weights: Tensor | None = None) -> ClassSums:
@@ -119,7 +120,8 @@ def add_class_sums_(totals: ClassSums, features: Tensor, targets: Tensor, weight
     if weights is not None:
         one_N = weights.to(h_ND)
         h_ND, square_N = h_ND * one_N[:, None], square_N * one_N
-    # Adding N rows is 8 (C = 10) to 400 (C = 1000) times cheaper than multiplying by a one-hot (C, N) in float64.
+    # On two CPU cores, N = 128: 0.06 ms at C x D = 10 x 512 and 0.15 ms at 1000 x 2048, where a product with a one-hot
+    # matrix takes 0.08 and 6.5 ms.
     totals.counts.index_add_(0, index_N, one_N)
     totals.sums.index_add_(0, index_N, h_ND)
     totals.squares.index_add_(0, index_N, square_N)
@@ -162,7 +164,7 @@ def class_means(totals: ClassSums) -> Tensor:
 
 
 def class_variances(totals: ClassSums) -> Tensor:
-    """Mean squared distance of each class to its mean (over n, not n - 1), ``(C,)``; nan for a class without samples."""
+    """Mean squared distance of each class to its mean (over n, not n - 1), ``(C,)``; nan without samples."""
     variance_C = totals.squares / totals.counts - class_means(totals).square().sum(1)
     return variance_C.clamp(min=0)  # rounding can dip below zero
 
@@ -191,14 +193,14 @@ def between_class_directions(totals: ClassSums, global_mean: GlobalMean = "class
     """Singular values ``(R,)`` and orthonormal directions ``(R, D)`` of the centred class means, largest first.
 
     Centred means are linearly dependent, so at most ``S - 1`` directions are kept, whatever rounding puts into the next
-    one; fewer where class means coincide (below the rounding error of the means themselves). R is zero where nothing can
-    be said: fewer than two classes, or means that are not finite. Costs one SVD: about a second at S = 1000, D = 2048.
+    one; fewer where class means coincide, up to the rounding of the means themselves. R is zero where nothing can be
+    said: fewer than two classes, or means that are not finite. Costs one SVD: about a second at S = 1000, D = 2048.
     """
     mean_SD = centered_class_means(totals, global_mean)
     if len(mean_SD) < 2 or not mean_SD.isfinite().all():
         return mean_SD.new_zeros(0), mean_SD.new_zeros(0, mean_SD.shape[1])
     _, value_R, direction_RD = torch.linalg.svd(mean_SD, full_matrices=False)
-    largest = class_means(totals)[totals.counts > 0].norm(dim=1).max().maximum(value_R[:1].max())
+    largest = vector_norm(class_means(totals)[totals.counts > 0], dim=1).max().maximum(value_R[:1].max())
     rounding = torch.finfo(torch.float64).eps * max(mean_SD.shape) * largest
     kept = value_R[: len(mean_SD) - 1] > rounding
     return value_R[: len(kept)][kept], direction_RD[: len(kept)][kept]
@@ -262,10 +264,10 @@ def center_sums(
 def repeated_by_sampler(
     first: int, batch_size: int, process: int, num_processes: int, dataset_size: int, device: torch.device | None = None
 ) -> Tensor:
-    """Mask ``(batch_size,)`` of the samples that ``DistributedSampler`` repeats so that all processes get equally many.
+    """Mask ``(batch_size,)`` of the samples that ``DistributedSampler`` repeats to give all processes equally many.
 
-    The sampler deals its (shuffled) order out in turn and fills it up at the end: the ``j``-th sample of process ``r`` of
-    ``W`` stands at place ``j W + r``, and the places from ``dataset_size`` on are repeats.
+    The sampler deals its (shuffled) order out in turn and fills it up at the end: the ``j``-th sample of process ``r``
+    of ``W`` stands at place ``j W + r``, and the places from ``dataset_size`` on are repeats.
 
     Args:
         first: samples this process has had in this epoch before the batch.

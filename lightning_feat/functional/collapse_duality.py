@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from lightning_feat.functional.class_sums import CenterSums, ClassSums, class_means, to_float64
 from lightning_feat.functional.collapse_means import gram_error, simplex_gram
@@ -57,7 +58,7 @@ def nc3_cosine(weight: Tensor, means: Tensor) -> Tensor:
 
 
 def nc3_duality_error(weight: Tensor, means: Tensor) -> Tensor:
-    r""":math:`\lVert W M^\top / \lVert W M^\top \rVert_F - (I - 11^\top/C)/\sqrt{C-1} \rVert_F`: NC2 and NC3 in one number.
+    r""":math:`\lVert W M^\top / \lVert W M^\top \rVert_F - (I - 11^\top/C)/\sqrt{C-1} \rVert_F`: NC2 with NC3.
 
     Source: Zhu et al., NeurIPS 2021.
     """
@@ -66,7 +67,7 @@ def nc3_duality_error(weight: Tensor, means: Tensor) -> Tensor:
 
 
 def nc3_uniform_duality_var(weight: Tensor, means: Tensor) -> Tensor:
-    """Variance (over C - 1) over classes of the inner product of classifier row and centred class mean; has their units.
+    """Variance (over C - 1) over classes of the inner product of classifier row and centred class mean.
 
     Source: Wu and Papyan, "Linguistic collapse", 2024.
     """
@@ -76,7 +77,8 @@ def nc3_uniform_duality_var(weight: Tensor, means: Tensor) -> Tensor:
 
 def bias_duality(weight: Tensor, bias: Tensor, global_mean: Tensor) -> Tensor:
     """Norm of ``W mu + b``, small where the bias undoes the global mean ``(D,)``; in the units of the logits."""
-    return (to_float64(weight) @ to_float64(global_mean) + to_float64(bias)).norm()
+    logit_norm: Tensor = vector_norm(to_float64(weight) @ to_float64(global_mean) + to_float64(bias))
+    return logit_norm
 
 
 def nc4_mismatch(residuals: CenterSums) -> Tensor:
@@ -88,7 +90,7 @@ def nc4_mismatch(residuals: CenterSums) -> Tensor:
 
 
 def ncc_accuracy(residuals: CenterSums) -> Tensor:
-    """Share of samples whose nearest class mean is that of their own class (soft targets: their share in that class)."""
+    """Share of samples whose nearest class mean is that of their own class; by shares where targets are soft."""
     return residuals.hits / residuals.samples
 
 
@@ -131,8 +133,8 @@ def neco_subspace(totals: ClassSums, moment: Tensor, subspace_dim: int) -> NecoS
 def neco_scores(features: Tensor, subspace: NecoSubspace, logits: Tensor | None = None) -> Tensor:
     """Share of each standardised feature vector that lies in the principal subspace, ``(N,)``; low means foreign.
 
-    Between 0 and 1, or times the largest logit where ``logits`` ``(N, C)`` are given, as the authors do for some networks.
+    Between 0 and 1, or times the largest logit where ``logits`` ``(N, C)`` are given, as the authors do in places.
     """
     z_ND = (to_float64(features) - subspace.mean) / subspace.scale
-    score_N = (z_ND @ subspace.directions.T).norm(dim=1) / z_ND.norm(dim=1)
+    score_N: Tensor = vector_norm(z_ND @ subspace.directions.T, dim=1) / vector_norm(z_ND, dim=1)
     return score_N if logits is None else score_N * to_float64(logits).amax(1)

@@ -2,7 +2,7 @@
 
 The functions of ``vectors`` take any ``(S, D)``: :func:`centered_class_means` or the rows of a classifier. What they
 compare with is what you give: centre class means first; classifier rows are commonly taken as they are. Every value is
-a float64 scalar, unchanged when all vectors are rotated or scaled together, nan for fewer than two vectors (or zero ones).
+a float64 scalar, unchanged when all vectors are rotated or scaled together, nan for fewer than two vectors or zeros.
 Random directions already come near a simplex when D is much larger than S (S = 10, D = 512: an ETF error of 0.13), so
 compare with the value at the start of training.
 
@@ -11,13 +11,15 @@ Shapes: S vectors, D features, P = S (S - 1) / 2 pairs, C class subspaces of k d
 
 import torch
 from torch import Tensor
+from torch.linalg import matrix_norm, vector_norm
 
 from lightning_feat.functional.class_sums import to_float64
 
 
 def _normalized(vectors: Tensor) -> Tensor:
     v_SD = to_float64(vectors)
-    return v_SD / v_SD.norm(dim=1, keepdim=True)
+    unit_SD: Tensor = v_SD / vector_norm(v_SD, dim=1, keepdim=True)
+    return unit_SD
 
 
 def cosine_matrix(vectors: Tensor) -> Tensor:
@@ -33,9 +35,10 @@ def _pair_cosines(vectors: Tensor) -> Tensor:
 
 
 def gram_error(gram: Tensor, target: Tensor) -> Tensor:
-    """Frobenius distance of two ``(S, S)`` matrices, each scaled to unit norm; zero where they are proportional, else up to 2."""
+    """Frobenius distance of two matrices, each scaled to unit norm: zero where they are proportional, at most 2."""
     gram, target = to_float64(gram), to_float64(target)
-    return (gram / gram.norm() - target / target.norm()).norm()
+    error: Tensor = matrix_norm(gram / matrix_norm(gram) - target / matrix_norm(target))
+    return error
 
 
 def simplex_gram(num_classes: int, device: torch.device | None = None) -> Tensor:
@@ -46,14 +49,14 @@ def simplex_gram(num_classes: int, device: torch.device | None = None) -> Tensor
 def nc2_etf_error(vectors: Tensor) -> Tensor:
     r"""Distance to a simplex: :math:`\lVert G / \lVert G \rVert_F - (I - 11^\top/S) / \sqrt{S-1} \rVert_F`, with
     :math:`G = V V^\top`. It cannot reach zero when ``D < S - 1``. Source: Zhu et al., NeurIPS 2021.
-    """  # noqa: D205
+    """
     v_SD = to_float64(vectors)
     return gram_error(v_SD @ v_SD.T, simplex_gram(max(len(v_SD), 1), v_SD.device))
 
 
 def nc2_equinorm(vectors: Tensor) -> Tensor:
     """Standard deviation (over S - 1) of the norms over their mean. Source: Papyan, Han, Donoho, PNAS 2020."""
-    norm_S = to_float64(vectors).norm(dim=1)
+    norm_S: Tensor = vector_norm(to_float64(vectors), dim=1)
     return norm_S.std() / norm_S.mean() if len(norm_S) > 1 else norm_S.new_full((), torch.nan)
 
 
@@ -81,9 +84,9 @@ def nc2_distance_mean(vectors: Tensor) -> Tensor:
 
 
 def nc2_distance_var(vectors: Tensor) -> Tensor:
-    """Variance (over P - 1) over pairs of the distance of the normalised vectors; zero at equal angles."""
+    """Variance (over P) over pairs of the distance of the normalised vectors; zero at equal angles."""
     distance_P = _pair_distances(vectors)
-    return distance_P.var() if len(distance_P) > 1 else distance_P.new_full((), torch.nan)
+    return distance_P.var(correction=0) if len(distance_P) else distance_P.new_full((), torch.nan)
 
 
 def nc2_log_distance_mean(vectors: Tensor) -> Tensor:
@@ -100,7 +103,7 @@ def _squared_chordal_distances(basis: Tensor) -> Tensor:
     rows_ND = basis_CkD.reshape(-1, width)
     blocks = [  # a block of classes at a time: all at once would hold (C k)^2 products
         (part.reshape(-1, width) @ rows_ND.T).square().reshape(len(part), k, -1, k).sum((1, 3))
-        for part in basis_CkD.split(64)
+        for part in torch.split(basis_CkD, 64)
     ]
     overlap_CC = torch.cat(blocks)
     row_P, column_P = torch.triu_indices(len(overlap_CC), len(overlap_CC), 1, device=overlap_CC.device)
@@ -145,5 +148,5 @@ def nc3_subspace_angle(basis: Tensor, means: Tensor) -> Tensor:
     inside_Ck = torch.einsum("ckd,cd->ck", basis_CkD, mean_CD)
     outside_CD = mean_CD - torch.einsum("ckd,ck->cd", basis_CkD, inside_Ck)
     # atan2 and not acos, which loses half the digits at small angles
-    angle_C = torch.atan2(outside_CD.norm(dim=1), inside_Ck.norm(dim=1)).rad2deg()
-    return angle_C[mean_CD.norm(dim=1) > 0].mean()
+    angle_C = torch.atan2(vector_norm(outside_CD, dim=1), vector_norm(inside_Ck, dim=1)).rad2deg()
+    return angle_C[vector_norm(mean_CD, dim=1) > 0].mean()

@@ -88,9 +88,9 @@ def nc1_quotient_balanced(totals: ClassSums, global_mean: GlobalMean = "classes"
 
 
 def cdnv_matrix(totals: ClassSums) -> Tensor:
-    r"""One-sided CDNV of every pair, ``(S, S)``: :math:`\sigma_i^2 / \lVert \mu_i - \mu_j \rVert^2`; nan on the diagonal.
+    r"""One-sided CDNV of every pair, ``(S, S)``: :math:`\sigma_i^2 / \lVert \mu_i - \mu_j \rVert^2`; nan where i = j.
 
-    The two-sided form is the mean of this matrix and its transpose, so the averages of the two over all pairs are equal.
+    The two-sided form is the mean of this matrix and its transpose, so over all pairs the two have the same average.
     """
     seen_C = totals.counts > 0
     mean_SD = class_means(totals)[seen_C]
@@ -112,8 +112,8 @@ def class_distance_normalized_variance(totals: ClassSums) -> Tensor:
 
     .. math:: V_{ij} = (\sigma_i^2 + \sigma_j^2) / (2 \lVert \mu_i - \mu_j \rVert^2)
 
-    with :math:`\sigma_i^2` the mean squared distance of class i to its mean :math:`\mu_i` (over n, not n - 1). Moving all
-    features leaves it as it is; classes without samples are left out. Takes ``24 P`` bytes.
+    with :math:`\sigma_i^2` the mean squared distance of class i to its mean :math:`\mu_i` (over n, not n - 1). Moving
+    all features leaves it as it is; classes without samples are left out. Takes ``24 P`` bytes.
     Source: Galanti, Gyorgy, Hutter, "On the role of neural collapse in transfer learning", ICLR 2022.
 
     Returns:
@@ -134,7 +134,7 @@ def variability_collapse_index(totals: ClassSums, moment: Tensor, global_mean: G
 
     Costs the eigenvectors of a ``(D, D)`` matrix. Source: Xu and Liu, "Quantifying the variability collapse of neural
     networks", ICML 2023.
-    """  # noqa: D205
+    """
     value_R, _ = between_class_directions(totals, global_mean)
     if len(value_R) == 0 or not moment.isfinite().all():
         return _nan_like(totals.counts)
@@ -144,7 +144,7 @@ def variability_collapse_index(totals: ClassSums, moment: Tensor, global_mean: G
     # Below this the eigenvalues are what rounding left of the raw second moment, of which total_DD is a difference.
     rounding = torch.finfo(torch.float64).eps * len(value_D) * moment.diagonal().sum() / totals.counts.sum()
     kept_D = value_D > rounding
-    explained = ((mean_SD @ vector_DD[:, kept_D]).square().mean(0) / value_D[kept_D]).sum()
+    explained: Tensor = ((mean_SD @ vector_DD[:, kept_D]).square().mean(0) / value_D[kept_D]).sum()
     return (1 - explained / len(value_R)).clamp(0, 1)
 
 
@@ -159,7 +159,8 @@ def within_class_spectrum(totals: ClassSums, moment: Tensor) -> Tensor:
     covariance_DD = within_class_covariance(totals, moment)
     if not covariance_DD.isfinite().all():
         return torch.full_like(totals.sums[0], torch.nan)
-    return torch.linalg.eigvalsh(covariance_DD).flip(0).clamp(min=0)
+    value_D: Tensor = torch.linalg.eigvalsh(covariance_DD).flip(0)
+    return value_D.clamp(min=0)
 
 
 def between_effective_rank(totals: ClassSums, global_mean: GlobalMean = "classes") -> Tensor:

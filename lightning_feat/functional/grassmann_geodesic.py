@@ -16,20 +16,18 @@ Delta X^T and Delta Delta^T is one Gram matrix of the stacked rows [X; Delta], a
 """
 
 import contextlib
-import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-# Coefficients of H^0 ... H^8 in cos(sqrt(H)) and sin(sqrt(H)) / sqrt(H). For |H| <= 1 the first term left out is
-# 1 / 18! = 1.6e-16 and 1 / 19!, below the rounding of float64.
-_COS = [(-1) ** n / math.factorial(2 * n) for n in range(9)]
-_SINC = [(-1) ** n / math.factorial(2 * n + 1) for n in range(9)]
+# Terms of the two series: for |H| <= 1 the first one left out is 1 / 14! = 1e-11 and 1 / 18! = 2e-16 or less.
+_DEGREE = {torch.float32: 6, torch.float64: 8}
 _MAX_DOUBLINGS = 12
 _BLOCK_BYTES = 8 * 2**20  # rows [X; Delta] of a block: 4 to 16 MiB are level on a CPU with 32 MiB of cache
 _CUDA_BLOCK_BYTES = 256 * 2**20  # there a block is launches, so few of them; still no second copy of a large head
-_CANCELLATION = 16.0  # squared length of Delta inside the subspace from which H loses more than a digit
+_LARGE_INSIDE = 1.0  # radians; below, what cancels in H is a few roundings of one
 
 
 @contextlib.contextmanager
@@ -42,7 +40,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if torch.amp.is_autocast_available(device.type):
             stack.enter_context(torch.autocast(device.type, enabled=False))
-        matmul = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul
+        matmul: Any = (torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn).matmul
         if hasattr(matmul, "fp32_precision"):  # torch 2.9; the older switch cannot be read once this one was used
             stack.callback(setattr, matmul, "fp32_precision", matmul.fp32_precision)
             matmul.fp32_precision = "ieee"
@@ -91,12 +89,14 @@ def geodesic_(moved: Tensor, start: Tensor, *, factor: float = 1.0) -> Tensor:
     """
     _check_pair(moved, start)
     num_classes, k, width = moved.shape
+    if moved.numel() == 0:  # a rank that holds no class of a sharded head
+        return moved
     on_cpu = moved.device.type == "cpu"
     row_bytes = max(2 * k * width * moved.element_size(), 1)
     block = max(1, min(num_classes, (_BLOCK_BYTES if on_cpu else _CUDA_BLOCK_BYTES) // row_bytes))
     rows = moved.new_empty(block, 2 * k, width)
     with full_precision(moved.device):
-        for moved_BkD, start_BkD in zip(moved.split(block), start.split(block), strict=True):
+        for moved_BkD, start_BkD in zip(torch.split(moved, block), torch.split(start, block), strict=True):
             rows_BrD = rows[: len(moved_BkD)]  # r = 2 k: the start above, the displacement below
             rows_BrD[:, :k].copy_(start_BkD)
             torch.sub(moved_BkD, start_BkD, out=rows_BrD[:, k:])
@@ -122,41 +122,32 @@ def _check_pair(moved: Tensor, start: Tensor) -> None:
 def _end_coefficients(rows_BrD: Tensor, factor: float) -> Tensor:
     """Coefficients (B, k, 2 k) of the end of the geodesic in the rows [X; Delta]; may take X out of Delta in place."""
     k = rows_BrD.shape[1] // 2
+    on_cpu = rows_BrD.device.type == "cpu"
     gram_Brr = torch.bmm(rows_BrD, rows_BrD.mT)
-    # A difference of large numbers, H = Delta Delta^T - A A^T, loses what Delta has inside the subspace: first take it
-    # out there, at the price of a third product. On a CPU looking costs nothing; elsewhere it would wait for the device.
-    if rows_BrD.device.type != "cpu" or bool((_squared_norm(gram_Brr[:, k:, :k]) > _CANCELLATION).any()):
-        still_B = _squared_norm_zero(gram_Brr[:, k:, k:])
+    still_B11 = gram_Brr[:, k:, k:].diagonal(dim1=1, dim2=2).sum(1)[:, None, None] == 0
+    # H = Delta Delta^T - A A^T cancels where much of Delta lies inside the subspace. There take that part out of Delta
+    # before H is formed: two more products. A CPU can look whether it is needed; elsewhere looking would be a wait.
+    if not on_cpu or float(abs(factor) * gram_Brr[:, k:, :k].abs().amax()) > _LARGE_INSIDE:
         rows_BrD[:, k:].baddbmm_(gram_Brr[:, k:, :k], rows_BrD[:, :k], alpha=-1)
         gram_Brr = torch.bmm(rows_BrD, rows_BrD.mT)
-    else:
-        still_B = _squared_norm_zero(gram_Brr[:, k:, k:])
     eye_kk = torch.eye(k, dtype=rows_BrD.dtype, device=rows_BrD.device)
-    error_Bkk = gram_Brr[:, :k, :k] - eye_kk
-    repair_Bkk = eye_kk - 0.5 * error_Bkk + 0.375 * (error_Bkk @ error_Bkk)  # (I + e)^(-1/2)
-    inside_Bkk = factor * (gram_Brr[:, k:, :k] @ repair_Bkk)
-    h_Bkk = factor**2 * gram_Brr[:, k:, k:] - inside_Bkk @ inside_Bkk.mT
-    cos_Bkk, sinc_Bkk = cos_and_sinc(h_Bkk)
-    of_start_Bkk = (cos_Bkk - sinc_Bkk @ inside_Bkk) @ repair_Bkk
-    # Bit for bit: a class that stays must not be rotated by rounding, nor repaired. NaN is not zero, so it goes on.
-    still_B11 = still_B[:, None, None]
-    return torch.cat([torch.where(still_B11, eye_kk, of_start_Bkk), torch.where(still_B11, 0.0, factor * sinc_Bkk)], 2)
-
-
-def _squared_norm(matrix_Bkk: Tensor) -> Tensor:
-    return matrix_Bkk.square().sum((1, 2))
-
-
-def _squared_norm_zero(gram_Bkk: Tensor) -> Tensor:
-    return gram_Bkk.diagonal(dim1=1, dim2=2).sum(1) == 0
+    error_Bkk, inside_Bkk, outer_Bkk = gram_Brr[:, :k, :k] - eye_kk, gram_Brr[:, k:, :k], gram_Brr[:, k:, k:]
+    repair_Bkk = torch.baddbmm(eye_kk - 0.5 * error_Bkk, error_Bkk, error_Bkk, alpha=0.375)  # (I + e)^(-1/2)
+    inside_Bkk = torch.bmm(inside_Bkk, repair_Bkk).mul_(factor)
+    cos_Bkk, sinc_Bkk = cos_and_sinc(torch.baddbmm(outer_Bkk, inside_Bkk, inside_Bkk.mT, beta=factor**2, alpha=-1))
+    ends_Bkr = rows_BrD.new_empty(len(rows_BrD), k, 2 * k)
+    torch.bmm(torch.baddbmm(cos_Bkk, sinc_Bkk, inside_Bkk, alpha=-1), repair_Bkk, out=ends_Bkr[:, :, :k])
+    torch.mul(sinc_Bkk, factor, out=ends_Bkr[:, :, k:])
+    # Bit for bit: a class that stays must not be turned by rounding, nor repaired. NaN is not zero, so it goes on.
+    return torch.where(still_B11, torch.eye(k, 2 * k, dtype=eye_kk.dtype, device=eye_kk.device), ends_Bkr)
 
 
 def cos_and_sinc(h: Tensor) -> tuple[Tensor, Tensor]:
     r"""Both of :math:`\cos \sqrt H` and :math:`\sin \sqrt H / \sqrt H` of symmetric matrices, without eigenvalues.
 
     Power series of :math:`H / 4^m`, then m doublings of the angle; m is chosen for each matrix by its Frobenius norm.
-    The error grows with the largest angle, about :math:`\lVert H \rVert^{1/2}` roundings. On a CPU the loop ends with
-    the largest m; elsewhere it runs its full length, so that nothing waits for the device.
+    The error grows with the largest angle, by about one rounding a radian. On a CPU the loop ends with the largest m;
+    elsewhere it runs its full length, so that nothing waits for the device.
 
     Args:
         h: ``(B, k, k)``, symmetric and positive semidefinite up to rounding; square of the angles, in radians.
@@ -164,17 +155,15 @@ def cos_and_sinc(h: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Two tensors ``(B, k, k)``; NaN where an angle may be above 4096 rad.
     """
-    doublings_B11 = (0.5 * torch.linalg.matrix_norm(h, keepdim=True).log2()).ceil().clamp(min=0)
+    norm_B11 = torch.linalg.vector_norm(h, dim=(1, 2), keepdim=True)
+    if h.device.type == "cpu" and bool((norm_B11 <= 1).all()):  # angles of a usual step: nothing to halve or double
+        return _series(h)
+    doublings_B11 = (0.5 * norm_B11.log2()).ceil().clamp(min=0)
     doublings_B11 = torch.where(doublings_B11 > _MAX_DOUBLINGS, torch.nan, doublings_B11)
     h = h * torch.exp2(-2 * doublings_B11)
-    eye, h2 = torch.eye(h.shape[-1], dtype=h.dtype, device=h.device), h @ h
-    h3 = h2 @ h
-    cos, sinc = (
-        _cubic(a, eye, h, h2) + h3 @ (_cubic(b, eye, h, h2) + h3 @ _cubic(c, eye, h, h2))
-        for a, b, c in ((series[:3], series[3:6], series[6:]) for series in (_COS, _SINC))
-    )
-    rounds = int(doublings_B11.nan_to_num().max()) if h.device.type == "cpu" and h.numel() else _MAX_DOUBLINGS
-    for done in range(rounds):
+    cos, sinc = _series(h)
+    eye = torch.eye(h.shape[-1], dtype=h.dtype, device=h.device)
+    for done in range(int(doublings_B11.nan_to_num().max()) if h.device.type == "cpu" else _MAX_DOUBLINGS):
         going_B11 = doublings_B11 > done
         # cos 2x = 1 - 2 sin^2 x: near 1 it keeps the digits that 2 cos^2 x - 1 would lose, factor 4 at each doubling.
         cos, sinc = (
@@ -185,6 +174,16 @@ def cos_and_sinc(h: Tensor) -> tuple[Tensor, Tensor]:
     return cos, sinc
 
 
-def _cubic(coefficients: list[float], eye: Tensor, h: Tensor, h2: Tensor) -> Tensor:
-    a, b, c = coefficients
-    return a * eye + b * h + c * h2
+def _series(h: Tensor) -> tuple[Tensor, Tensor]:
+    """Both functions for norms up to 1, by Horner's rule."""
+    eye = torch.eye(h.shape[-1], dtype=h.dtype, device=h.device)
+    degree = _DEGREE[h.dtype]
+    cos, sinc = eye.expand_as(h), eye.expand_as(h)
+    for n in range(degree, 0, -1):
+        # 1 - x^2 / 2 (1 - x^2 / 12 (...)): the first round multiplies by the identity, so it is written as a sum.
+        cos_factor, sinc_factor = -1 / (2 * n * (2 * n - 1)), -1 / (2 * n * (2 * n + 1))
+        if n == degree:
+            cos, sinc = eye + cos_factor * h, eye + sinc_factor * h
+        else:
+            cos, sinc = torch.baddbmm(eye, h, cos, alpha=cos_factor), torch.baddbmm(eye, h, sinc, alpha=sinc_factor)
+    return cos, sinc

@@ -4,7 +4,8 @@ from lightning_feat.loss_terms import waiting_loss_terms
 
 
 class LossTermsMixin:
-    """For a LightningModule that adds the terms of regularizer callbacks to its loss itself, and calls backward as it likes.
+    """For a LightningModule that adds the terms of regularizer callbacks to its loss itself, and calls backward as it
+    likes.
 
     Example:
         >>> from lightning.pytorch import LightningModule

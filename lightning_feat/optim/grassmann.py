@@ -1,0 +1,210 @@
+r"""Let any optimizer train class subspaces: it steps as it likes, and its step is turned into one along the manifold.
+
+A hook before the step copies each basis, a hook after it moves the basis from there along the geodesic, so that
+schedulers, clipping, gradient scaling, accumulation and the optimizer's state dict stay as they are. There are two
+rules:
+
+* ``displacement``: the geodesic follows the displacement that the optimizer made. With ``torch.optim.SGD`` this is
+the Riemannian
+  SGD of the paper (Wang, Li, Zhang, ICCV 2023, arXiv 2308.01547), whose momentum buffer is Euclidean and projected at
+  the step.
+* ``momentum``: the geodesic follows a momentum SGD of our own, :math:`b \leftarrow \mu b + g,\ \Delta = - \eta b`,
+and what the
+  optimizer made of the basis is dropped. It is what the paper does beside AdamW and LAMB: an elementwise second
+  moment is not invariant to the choice of basis, and turns every subspace by about the learning rate whatever the
+  gradient.
+
+No weight decay acts on a subspace. Decoupled decay moves a basis inside its own subspace, which is no move; coupled
+decay would enter the buffers, so the optimizer is handed the gradient minus the decay that it will add.
+"""
+
+from collections.abc import Iterable
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_feat.functional.grassmann import geodesic_
+from lightning_feat.layers.grassmann import GrassmannLinear, local_part
+
+Update: TypeAlias = Literal["auto", "displacement", "momentum"]
+
+_BUFFER = "subspace_momentum"
+_COUPLED = ("SGD", "Adam", "NAdam", "RAdam", "Adamax", "Adagrad", "Adadelta", "ASGD", "RMSprop", "RMSpropTF")
+# Their state holds weights, not gradients, or they evaluate the loss inside the step, at points that are off the
+# manifold.
+_CANNOT_FOLLOW = ("LBFGS", "Lookahead", "ScheduleFree")
+
+
+class SubspaceStep:
+    """The hooks on one optimizer. Made by ``follow_subspaces``.
+
+    Attributes:
+        steps: optimizer steps that were followed so far.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        bases: Iterable[nn.Parameter],
+        update: Update,
+        lr_factor: float,
+        lr: float,
+        momentum: float,
+    ) -> None:
+        self.optimizer = optimizer
+        self.lr_factor, self.lr, self.momentum = lr_factor, lr, momentum
+        self.update = _choose(update, optimizer)
+        self.steps = 0
+        self._bases = set(bases)
+        self._peak = {id(group): group["lr"] for group in optimizer.param_groups}
+        self._start: dict[nn.Parameter, Tensor] = {}
+        self._between = False  # a step has begun and not ended
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before),
+            optimizer.register_step_post_hook(self._after),
+        ]
+
+    def holds(self, basis: nn.Parameter) -> bool:
+        """Whether the optimizer trains this basis and the hooks follow it."""
+        return any(held is basis for held, _ in self._held())
+
+    def undo_unfinished(self) -> None:
+        """Put the bases back to where they were before a step that an exception cut off."""
+        if self._between:
+            self._between = False
+            for basis, start in self._start.items():
+                local_part(basis).copy_(start)
+
+    def remove(self) -> None:
+        """Take the hooks off the optimizer."""
+        for handle in self._handles:
+            handle.remove()
+        self._start.clear()
+
+    def _held(self) -> list[tuple[nn.Parameter, dict[str, Any]]]:
+        groups = self.optimizer.param_groups
+        return [(p, group) for group in groups for p in group["params"] if p in self._bases and p.requires_grad]
+
+    @torch.no_grad()
+    def _before(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        for basis, _group in self._held():
+            local = local_part(basis)
+            if (
+                basis not in self._start
+                or self._start[basis].shape != local.shape
+                or self._start[basis].device != local.device
+            ):
+                self._start[basis] = torch.empty_like(local, memory_format=torch.contiguous_format)
+            self._start[basis].copy_(local)
+        self._between = True
+        if self.update == "momentum" or not any(_coupled_decay(self.optimizer, group) for _, group in self._held()):
+            return None
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._take_decay_out()
+            return None
+
+        def without_decay() -> Any:  # Lightning computes the gradients in here, and clips them
+            loss = closure()
+            with torch.no_grad():
+                self._take_decay_out()
+            return loss
+
+        return (args[0],), {**kwargs, "closure": without_decay}
+
+    def _take_decay_out(self) -> None:
+        scale = getattr(
+            self.optimizer, "grad_scale", None
+        )  # of a fused optimizer under fp16, which unscales inside its step
+        for basis, group in self._held():
+            decay = _coupled_decay(self.optimizer, group)
+            if decay and basis.grad is not None:
+                inside = decay * local_part(basis)
+                local_part(basis.grad).sub_(inside if scale is None else inside * scale)
+
+    @torch.no_grad()
+    def _after(self, *_: Any) -> None:
+        for basis, group in self._held():
+            moved, start = local_part(basis), self._start[basis]
+            if not moved.numel():
+                continue  # FSDP2 may leave a process without a class
+            if self.update == "displacement":
+                geodesic_(moved, start, factor=self.lr_factor)
+            elif basis.grad is not None:
+                self._momentum_step(basis, moved, start, group)
+        self._between = False
+        self.steps += 1
+
+    def _momentum_step(self, basis: nn.Parameter, moved: Tensor, start: Tensor, group: dict[str, Any]) -> None:
+        gradient = local_part(basis.grad).to(moved.dtype)  # type: ignore[arg-type]
+        state = self.optimizer.state[basis]  # the optimizer's own, so that it is saved and restored with the rest
+        if _BUFFER not in state:
+            state[_BUFFER] = torch.zeros_like(basis)
+        buffer = local_part(state[_BUFFER])
+        # A fused optimizer skips an fp16 step with infinite gradients inside its kernel and leaves the basis as it was.
+        stepped = (moved != start).any()
+        buffer.copy_(torch.where(stepped, gradient.add(buffer, alpha=self.momentum), buffer))
+        rate = self.lr * self.lr_factor * float(group["lr"]) / self._peak_rate(group)
+        moved.copy_(torch.where(stepped, torch.sub(start, buffer, alpha=rate), start))
+        geodesic_(moved, start)
+
+    def _peak_rate(self, group: dict[str, Any]) -> float:
+        peak = group.get("max_lr", group.get("initial_lr", self._peak.get(id(group), self.optimizer.defaults["lr"])))
+        return float(peak) or 1.0
+
+
+def follow_subspaces(
+    optimizer: Optimizer,
+    module: nn.Module,
+    update: Update = "auto",
+    lr_factor: float = 1.0,
+    lr: float = 0.1,
+    momentum: float = 0.9,
+) -> SubspaceStep:
+    """Make ``optimizer`` leave the class subspaces of every ``GrassmannLinear`` in ``module`` on their manifold.
+
+    Call it once for each optimizer, in ``configure_optimizers``; the ``GrassmannHead`` callback does so by itself.
+
+    Args:
+        optimizer: any optimizer whose step moves each parameter once and whose state holds gradients.
+        module: where the heads are; those whose basis the optimizer does not hold are left alone.
+        update: ``"displacement"`` follows the optimizer's own step, ``"momentum"`` an SGD with momentum beside it
+            (see the top of this file); ``"auto"`` is the first for SGD and the second for any other optimizer.
+        lr_factor: multiplies the step of the subspaces, by either rule.
+        lr: peak learning rate of the ``momentum`` rule, 0.1 in the paper (0.3 beside LAMB). It follows the shape of
+            the group's schedule: its highest rate is taken from ``max_lr`` or ``initial_lr``, which schedulers set,
+            or is that at this call.
+        momentum: of the ``momentum`` rule.
+
+    Raises:
+        ValueError: if the optimizer is known to be one that cannot be followed, or a number is out of range.
+    """
+    for cls in type(optimizer).__mro__:
+        if any(name in cls.__name__ for name in _CANNOT_FOLLOW):
+            raise ValueError(
+                f"class subspaces cannot follow {type(optimizer).__name__}: it moves the weights several times in "
+                "a step, or averages "
+                "them in its state. Use SGD, AdamW, LAMB or another optimizer whose state holds gradients."
+            )
+    if update not in ("auto", "displacement", "momentum"):
+        raise ValueError(f"update={update!r}: choose 'auto', 'displacement' or 'momentum'.")
+    if lr_factor < 0 or lr < 0 or not 0 <= momentum < 1:
+        raise ValueError(f"need lr_factor >= 0, lr >= 0 and 0 <= momentum < 1, got {lr_factor}, {lr}, {momentum}.")
+    bases = [part.basis for part in module.modules() if isinstance(part, GrassmannLinear)]
+    return SubspaceStep(optimizer, bases, update, lr_factor, lr, momentum)
+
+
+def _choose(update: Update, optimizer: Optimizer) -> Literal["displacement", "momentum"]:
+    if update != "auto":
+        return update
+    return "displacement" if isinstance(optimizer, torch.optim.SGD) else "momentum"
+
+
+def _coupled_decay(optimizer: Optimizer, group: dict[str, Any]) -> float:
+    """The multiple of the parameter that this optimizer will add to its gradient; negative where it maximises."""
+    if type(optimizer).__name__ not in _COUPLED or group.get("decoupled_weight_decay", False):
+        return 0.0
+    decay = float(group.get("weight_decay", 0.0))
+    return -decay if group.get("maximize", False) else decay

@@ -1,0 +1,87 @@
+"""Run a network over a data set in the middle of a fit, without a trace.
+
+Eval mode, no gradient, the order of the data set, each sample once over all processes; the random numbers, the
+BatchNorm statistics and the metrics of the training stay as they are.
+"""
+
+from collections.abc import Callable, Iterator, Sized
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch.utils.data import DataLoader, IterableDataset, Subset
+
+from lightning_feat.batches import inputs_of
+
+Forward: TypeAlias = Callable[[LightningModule, Any], Any]
+
+
+def forward_inputs(module: LightningModule, batch: Any) -> Any:
+    """The usual forward pass: ``module(inputs)``, with the first entry of a tuple or list, or with the whole batch."""
+    return module(inputs_of(batch))
+
+
+def clean_loader(trainer: Trainer, loader: Any, name: str) -> DataLoader[Any]:
+    """A loader of this process's share of the same data: in the order of the data set, nothing left out, nothing
+    repeated.
+
+    Batch size, collation and workers are those of ``loader``. Process r of W takes the samples r, r + W, r + 2 W, ...
+
+    Args:
+        trainer: knows the processes.
+        loader: a ``DataLoader`` over a map-style data set.
+        name: of the loader, for errors.
+
+    Raises:
+        ValueError: if it is something else: then the samples of a process cannot be told.
+    """
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        what = type(loader).__name__ if not isinstance(loader, DataLoader) else "a DataLoader over an IterableDataset"
+        raise ValueError(
+            f"a pass over the {name} data needs one DataLoader over a map-style data set, got {what}: choose the "
+            "online mode, which "
+            "sees the batches as they pass."
+        )
+    dataset = loader.dataset
+    size = len(dataset) if isinstance(dataset, Sized) else 0
+    share = Subset(dataset, range(trainer.global_rank, size, trainer.world_size)) if trainer.world_size > 1 else dataset
+    return DataLoader(
+        share,
+        batch_size=loader.batch_size or getattr(loader.batch_sampler, "batch_size", 1),
+        collate_fn=loader.collate_fn,
+        num_workers=loader.num_workers,
+        pin_memory=loader.pin_memory,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+    )
+
+
+@contextmanager
+def without_trace(module: LightningModule) -> Iterator[None]:
+    """Eval mode and no gradient; the random number generators and every train or eval flag are put back at the end.
+
+    ``no_grad`` and not ``inference_mode``: tensors made under the latter cannot be updated in place later.
+    """
+    modes = [(part, part.training) for part in module.modules()]
+    try:
+        module.eval()
+        with isolate_rng(), torch.no_grad():
+            yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+def clean_batches(trainer: Trainer, module: LightningModule, loader: DataLoader[Any]) -> Iterator[Any]:
+    """The batches of ``loader`` as the module gets them from Lightning: converted, transferred, on its device."""
+    precision, strategy = trainer.precision_plugin, trainer.strategy
+    for batch in loader:
+        yield strategy.batch_to_device(module._on_before_batch_transfer(precision.convert_input(batch)))
+
+
+def run_forward(trainer: Trainer, module: LightningModule, batch: Any, forward: Forward | None = None) -> Any:
+    """What ``forward(module, batch)`` gives in the precision of the trainer; see ``forward_inputs`` for the default."""
+    with trainer.precision_plugin.forward_context():
+        return (forward or forward_inputs)(module, batch)
