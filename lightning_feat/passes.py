@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
@@ -59,17 +60,20 @@ def clean_loader(trainer: Trainer, loader: Any, name: str) -> DataLoader[Any]:
 
 
 @contextmanager
-def without_trace(module: LightningModule) -> Iterator[None]:
+def without_trace(trainer: Trainer, module: LightningModule) -> Iterator[None]:
     """Eval mode and no gradient; the random number generators and every train or eval flag are put back at the end.
 
     ``no_grad`` and not ``inference_mode``: tensors made under the latter cannot be updated in place later.
     """
     modes = [(part, part.training) for part in module.modules()]
+    stage = trainer.state.stage
     try:
+        trainer.state.stage = RunningStage.VALIDATING  # a hook of the module that mixes training batches asks for it
         module.eval()
         with isolate_rng(), torch.no_grad():
             yield
     finally:
+        trainer.state.stage = stage
         for part, training in modes:
             part.training = training
 

@@ -19,6 +19,7 @@ from lightning_feat.wraps import add_link, remove_link
 
 _LOST = 1e-2  # orthonormality error that no rounding explains
 _WATCHED_BATCHES = 4
+_REPLACED = "_feat_replaced"  # on a new head, until optimizers are configured: the parameters it stands for
 
 
 class GrassmannHead(Callback):
@@ -90,8 +91,9 @@ class GrassmannHead(Callback):
         basis = self.head(pl_module).basis
         if basis.requires_grad and not any(step.holds(basis) for step in self.steps.values()):
             raise RuntimeError(
-                f"no optimizer trains the class subspaces of {self._label(pl_module)}: collect the parameters in "
-                "configure_optimizers, when the head has been replaced, and not in __init__."
+                f"no optimizer trains the class subspaces of {self._label(pl_module)}: give configure_optimizers "
+                "the parameters "
+                "of the classifier as well."
             )
         self._batches_to_watch = _WATCHED_BATCHES
 
@@ -197,7 +199,9 @@ class GrassmannHead(Callback):
 
 
 class _FollowOptimizers:
-    """The link around ``configure_optimizers``. A copy or a pickle of the module has nothing to do with our optimizers."""
+    """The link around ``configure_optimizers``. A copy or a pickle of the module has nothing to do with our
+    optimizers.
+    """
 
     def __init__(self, callback: GrassmannHead | None = None) -> None:
         self.callback = callback
@@ -205,7 +209,12 @@ class _FollowOptimizers:
     def __call__(self, module: LightningModule, call: Callable[..., Any]) -> Any:
         configured = call()
         if self.callback is not None:
-            self.callback.follow(module, optimizers_in(configured))
+            optimizers = optimizers_in(configured)
+            head = self.callback.head(module)
+            for optimizer in optimizers:
+                _take_place(optimizer, head, head.__dict__.get(_REPLACED, ()))
+            head.__dict__.pop(_REPLACED, None)
+            self.callback.follow(module, optimizers)
         return configured
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -250,6 +259,20 @@ class _SwapHead:
             )
         head = GrassmannLinear(old.in_features, old.out_features, device=old.weight.device, **self.options)
         replace_layer(module, old, head.train(old.training))
+        head.__dict__[_REPLACED] = tuple(old.parameters())
+
+
+def _take_place(optimizer: Optimizer, head: GrassmannLinear, replaced: tuple[nn.Parameter, ...]) -> None:
+    """Put the parameters of the head where the first of those that it replaced stands, for optimizers made before the
+    swap.
+
+    LightningCLI makes them so, and so does who makes them in ``__init__``. A group of its own would break schedulers.
+    """
+    for group in optimizer.param_groups:
+        places = [i for i, p in enumerate(group["params"]) if any(p is old for old in replaced)]
+        if any(group["params"][i] is replaced[0] for i in places):
+            group["params"][places[0] : places[0] + 1] = [p for p in head.parameters() if p.requires_grad]
+        group["params"] = [p for p in group["params"] if not any(p is old for old in replaced)]
 
 
 def _find(module: nn.Module, layer: str | None) -> tuple[str, nn.Module]:

@@ -179,7 +179,7 @@ class NeuralCollapseMonitor(Callback):
         metrics: dict[str, NeuralCollapse] = {}
         kept: list[_Kept] | None = []
         free = self.memory_budget_mb * 2**20
-        with without_trace(module):
+        with without_trace(trainer, module):
             for batch in self._forwards(trainer, module, clean):
                 heard, logits = self._take(batch)
                 for tap, (features, targets) in zip(self.taps, heard, strict=True):

@@ -1,0 +1,70 @@
+"""The command line: ``lightning-feat fit --config FILE``, which is LightningCLI with recipes that can be found by
+name.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+_PACKAGE = Path(__file__).parent
+
+
+def recipe_folder() -> Path:
+    """Where the shipped recipes are: in an installed wheel inside the package, in a checkout beside it."""
+    installed = _PACKAGE / "recipes"
+    return installed if installed.is_dir() else _PACKAGE.parent / "recipes"
+
+
+def find_recipe(name: str) -> str:
+    """The path of a configuration: ``name`` itself if there is such a file, else the shipped recipe of that name.
+
+    A recipe may be named with or without ``recipes/`` before it and ``.yaml`` after it: ``quickstart``.
+
+    Raises:
+        ValueError: if there is neither; the message lists the recipes.
+    """
+    if Path(name).is_file():
+        return name
+    folder = recipe_folder()
+    short = name.removeprefix("recipes/").removesuffix(".yaml")
+    if (folder / f"{short}.yaml").is_file():
+        return str(folder / f"{short}.yaml")
+    shipped = sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
+    raise ValueError(f"there is no file {name!r} and no recipe of that name; the recipes are: {', '.join(shipped)}.")
+
+
+def with_recipes(arguments: Sequence[str]) -> list[str]:
+    """The arguments with the value of each ``--config`` replaced by the path that ``find_recipe`` gives."""
+    found = list(arguments)
+    for i, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name not in ("--config", "-c"):
+            continue
+        if equals:
+            found[i] = f"{name}={find_recipe(value)}"
+        elif i + 1 < len(arguments):
+            found[i + 1] = find_recipe(arguments[i + 1])
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run LightningCLI on ``arguments``, those of the process by default. Its own options are unchanged."""
+    given = sys.argv[1:] if arguments is None else arguments
+    try:
+        import jsonargparse  # noqa: F401  # what LightningCLI needs, and Lightning alone does not bring
+        from lightning.pytorch.cli import LightningCLI
+    except ImportError:
+        sys.exit('the command line needs jsonargparse: pip install "lightning-feat[recipes]"')
+    try:
+        given = with_recipes(given)
+    except ValueError as error:
+        sys.exit(f"lightning-feat: {error}")
+    if arguments is not None:
+        LightningCLI(args=list(given))
+    else:  # LightningCLI warns of arguments given twice
+        sys.argv[1:] = given
+        LightningCLI()
+
+
+if __name__ == "__main__":
+    main()
