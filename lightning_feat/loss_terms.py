@@ -80,7 +80,8 @@ class LossTerm(ABC):
         weight: factor of the value, a number or a schedule.
         taps: the taps that listen while ``training_step`` runs; the first one's layer is part of what is logged.
         parameters: a module whose parameters are trained along with the user's, if the term has any.
-        backward_index: with manual optimization, which ``manual_backward`` of the step the term joins, from 0.
+        backward_index: with manual optimization, which ``manual_backward`` of the step the term joins, from 0. It
+            sees what ran since the one before.
     """
 
     def __init__(
@@ -212,7 +213,12 @@ class _Engine:
     ) -> Any:
         index, self.backwards = self.backwards, self.backwards + 1
         joining = [key for key in self.waiting if self.terms[key].backward_index == index]
-        return call(self.add(module, loss, joining), *args, **kwargs)
+        returned = call(self.add(module, loss, joining), *args, **kwargs)
+        if not kwargs.get("retain_graph", False):
+            for key in self.waiting:  # what they heard so far belongs to a graph that is gone
+                for tap in self.terms[key].taps:
+                    tap.listen()
+        return returned
 
     def add(self, module: LightningModule, loss: Tensor, keys: Sequence[str] | None = None) -> Tensor:
         """The loss plus the waiting terms (of ``keys``), each logged."""

@@ -126,7 +126,7 @@ def draw(panels: Sequence[Panel], points: Points) -> "Figure":
     for panel, axes in zip(panels, rows, strict=True):
         draw_panel(panel, points, axes)
     rows[-1].set_xlabel("epoch", fontsize=9)
-    rows[-1].xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+    rows[-1].xaxis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 5, 10], integer=True))
     figure.align_ylabels(rows)
     return figure
 
@@ -178,13 +178,9 @@ def default_panels(points: Points) -> list[Panel]:
         values = [value for name in members for _, value in points[name]]
         wide = bool(values) and min(values) > 0 and max(values) > 100 * min(values)
         if members:
-            panels.append(Panel([glob_escape(name) for name in members], title.replace("_", " "), log_scale=wide))
+            label = members[0].replace("/", "\n") if len(members) == 1 else title.replace("_", " ")
+            panels.append(Panel(members, label, log_scale=wide))
     return panels
-
-
-def glob_escape(name: str) -> str:
-    """The pattern that matches this name only."""
-    return re.sub(r"([*?[])", r"[\1]", name)
 
 
 def show_in_tensorboard(figure: "Figure", logger: TensorBoardLogger, tag: str, step: int) -> None:

@@ -16,8 +16,9 @@ class MetricHistory(Callback):
     ``points`` maps a name to pairs ``(epochs, value)``: after the first epoch 1.0, after a validation in the middle of
     the next one 1.5. A metric has a point only where it was measured anew. What other callbacks or the module log at
     the end of an epoch belongs to it, whatever the order of the callbacks; the sanity check does not. The history is
-    part of the checkpoint, so a resumed run has all of it. Where the number of batches is unknown, validations inside
-    an epoch are not told apart, and the last one counts.
+    part of the checkpoint, so a resumed run has all of it; of a checkpoint saved by a validation, before the end of its
+    epoch, the training values of that one epoch are missing, which Lightning does not keep either. Where the number of
+    batches is unknown, validations inside an epoch are not told apart, and the last one counts.
 
     A subclass may define ``report``, called on one process when fitting ends, be it complete, stopped early,
     interrupted or broken off by an error. What goes wrong in it becomes a warning: a report is not worth a run.
@@ -124,6 +125,8 @@ Selection = list[str] | dict[str, str]  # patterns for metric names, or what to 
 def select(metrics: Selection, names: Iterable[str]) -> dict[str, str]:
     """What to call each metric that matches a pattern, in the order of the patterns; a metric is taken once.
 
+    Patterns are those of file names, ``*``, ``?`` and ``[...]``; a metric of exactly that name comes before all others.
+
     A list leaves out what all names share at their beginning and end: ``train`` and ``val`` of ``train/loss`` and
     ``val/loss``. A dict gives the pattern for each name to show; where several metrics match, what differs is added.
 
@@ -137,7 +140,7 @@ def select(metrics: Selection, names: Iterable[str]) -> dict[str, str]:
     names = list(names)
 
     def matching(pattern: str) -> list[str]:
-        return [name for name in names if name == pattern or fnmatchcase(name, pattern)]
+        return [pattern] if pattern in names else [name for name in names if fnmatchcase(name, pattern)]
 
     if not isinstance(metrics, dict):
         return shorten(list(dict.fromkeys(name for pattern in metrics for name in matching(pattern))))

@@ -1,6 +1,7 @@
 """The run in a table, when it ends."""
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_feat.callbacks.history import MetricHistory, Selection, select, unmatched
@@ -36,6 +37,9 @@ class SummaryTable(MetricHistory):
         if not isinstance(self.metrics, dict):
             shown = {name: name for name in shown}  # there is room for the whole name
         if shown:
+            bar = trainer.progress_bar_callback
+            if isinstance(bar, RichProgressBar):  # it stays at the foot of the screen until its turn, below the table
+                bar.teardown(trainer, trainer.lightning_module, stage="fit")
             show(self.title, *rows({title: self.points[name] for name, title in shown.items()}))
 
 
