@@ -71,12 +71,9 @@ def fitted(tmp_path, module, *callbacks, data=None, **kwargs):
     return weights(module), run
 
 
-@pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
-@pytest.mark.parametrize("manual", [False, True])
+@pytest.mark.parametrize(("accumulate", "manual"), [(1, False), (3, False), (1, True)])
 def test_it_equals_the_loss_written_by_hand(tmp_path, precision, accumulate, manual):
-    if manual and accumulate > 1:
-        pytest.skip("Lightning does not accumulate in manual optimization")
     plugin = {} if precision == "32-true" else {"plugins": [MixedPrecision(precision, "cpu")]}
     kwargs = {"accumulate_grad_batches": accumulate, "max_epochs": 2, **plugin}
     term = FeatureRegularizer(spread, "spread", weight=0.3)

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -80,7 +81,9 @@ class GrassmannHead(Callback):
         refuse_twin(trainer, self)
         self._refuse_strategy(trainer)
         self._refuse_order(trainer)
-        add_link(pl_module, "configure_model", self.state_key, _SwapHead(self.layer, self.head_options))
+        swap = _SwapHead(self.layer, self.head_options)
+        swap.swap_early(pl_module)
+        add_link(pl_module, "configure_model", self.state_key, swap)
         if stage == "fit":
             # By a link, because Tuner.lr_find calls no hook of ours after this one, and would tune a run without our
             # steps.
@@ -222,40 +225,43 @@ class _FollowOptimizers:
 
 
 class _SwapHead:
-    """The link around ``configure_model``: replace the classifier, once, as soon as it exists."""
+    """Replaces the classifier, once, as soon as it exists: at once, or as the link around ``configure_model``.
+
+    At once, so that a module that the user shards in ``configure_model`` has its head sharded too, and that averaging callbacks
+    copy the new head; but not where the user builds layers later, of which one could be the classifier that is meant.
+    """
 
     def __init__(self, layer: str | None, options: dict[str, Any]) -> None:
         self.layer = layer
         self.options = options
 
     def __call__(self, module: LightningModule, call: Callable[..., Any]) -> None:
-        mesh = getattr(module, "_device_mesh", None)
-        if mesh is not None and self._exists(module):
-            self.swap(module)  # before the user shards the module, so that he shards the head as well
         call()
         self.swap(module)
 
-    def _exists(self, module: LightningModule) -> bool:
-        try:
-            _find(module, self.layer)
-        except ValueError:
-            return False
-        return True
+    def swap_early(self, module: LightningModule) -> None:
+        """Replace the classifier if it is there for certain."""
+        if any(is_overridden(hook, module) for hook in ("setup", "configure_model")):
+            names = {name for name, _ in module.named_modules()}
+            if self.layer is None or self.layer not in names:
+                return
+        self.swap(module)
 
     def swap(self, module: LightningModule) -> None:
+        """Replace the classifier unless that has been done."""
         name, old = _find(module, self.layer)
         if isinstance(old, GrassmannLinear):
             return
         if not isinstance(old, nn.Linear):
             raise ValueError(
-                f"the classifier {name} is a {type(old).__name__}, not an nn.Linear, so GrassmannHead cannot "
-                "replace it: name the "
-                "Linear that makes the logits (argument `layer`), or build the module with a GrassmannLinear."
+                f"the classifier {name} is a {type(old).__name__}, not an nn.Linear, so GrassmannHead cannot replace "
+                "it: name the Linear that makes the logits (argument `layer`), or build the module with a "
+                "GrassmannLinear."
             )
         if hasattr(old.weight, "placements"):
             raise ValueError(
-                f"the classifier {name} is sharded already: create it in __init__, so that it can be replaced before "
-                "configure_model shards the module."
+                f"the classifier {name} is sharded already: create it in __init__ and name it (argument `layer`), so "
+                "that it can be replaced before configure_model shards the module."
             )
         head = GrassmannLinear(old.in_features, old.out_features, device=old.weight.device, **self.options)
         replace_layer(module, old, head.train(old.training))

@@ -63,7 +63,7 @@ def nc3_duality_error(weight: Tensor, means: Tensor) -> Tensor:
     Source: Zhu et al., NeurIPS 2021.
     """
     product_CC = to_float64(weight) @ to_float64(means).T
-    return gram_error(product_CC, simplex_gram(max(len(product_CC), 1), product_CC.device))
+    return gram_error(product_CC, simplex_gram(len(product_CC), product_CC.device))
 
 
 def nc3_uniform_duality_var(weight: Tensor, means: Tensor) -> Tensor:

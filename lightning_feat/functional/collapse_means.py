@@ -35,15 +35,17 @@ def _pair_cosines(vectors: Tensor) -> Tensor:
 
 
 def gram_error(gram: Tensor, target: Tensor) -> Tensor:
-    """Frobenius distance of two matrices, each scaled to unit norm: zero where they are proportional, at most 2."""
+    """Frobenius distance of two matrices scaled to unit norm: zero where proportional, at most 2, nan if empty."""
     gram, target = to_float64(gram), to_float64(target)
+    if gram.numel() == 0:
+        return gram.new_full((), torch.nan)
     error: Tensor = matrix_norm(gram / matrix_norm(gram) - target / matrix_norm(target))
     return error
 
 
 def simplex_gram(num_classes: int, device: torch.device | None = None) -> Tensor:
     """Gram matrix of a simplex, ``(C, C)`` float64: ``I - 1/C``, the projection away from the vector of ones."""
-    return torch.eye(num_classes, dtype=torch.float64, device=device) - 1 / num_classes
+    return torch.eye(num_classes, dtype=torch.float64, device=device) - 1 / max(num_classes, 1)
 
 
 def nc2_etf_error(vectors: Tensor) -> Tensor:
@@ -51,7 +53,7 @@ def nc2_etf_error(vectors: Tensor) -> Tensor:
     :math:`G = V V^\top`. It cannot reach zero when ``D < S - 1``. Source: Zhu et al., NeurIPS 2021.
     """
     v_SD = to_float64(vectors)
-    return gram_error(v_SD @ v_SD.T, simplex_gram(max(len(v_SD), 1), v_SD.device))
+    return gram_error(v_SD @ v_SD.T, simplex_gram(len(v_SD), v_SD.device))
 
 
 def nc2_equinorm(vectors: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ def nc1_projected_over_k(totals: ClassSums, residuals: CenterSums) -> Tensor:
     that the centers were made with.
     """
     seen_C = totals.counts > 0
-    return _or_nan(residuals.projected[seen_C].sum() / totals.counts.sum(), seen_C)
+    return residuals.projected[seen_C].sum() / totals.counts.sum()
 
 
 def nc1_projected_over_k_balanced(totals: ClassSums, residuals: CenterSums) -> Tensor:
@@ -66,7 +66,7 @@ def nc1_projected_over_k_balanced(totals: ClassSums, residuals: CenterSums) -> T
     In the plain form the classes with most samples decide.
     """
     seen_C = totals.counts > 0
-    return _or_nan((residuals.projected / totals.counts)[seen_C].mean(), seen_C)
+    return (residuals.projected / totals.counts)[seen_C].mean()
 
 
 def _or_nan(value: Tensor, seen_C: Tensor) -> Tensor:

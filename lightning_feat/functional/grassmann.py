@@ -62,8 +62,9 @@ def subspace_logits(features: Tensor, basis: Tensor, scale: float | Tensor = 25.
     x_ND = features.to(exact)
     if normalize:
         x_ND = unit_length(x_ND)
-    parts_NCk = linear(x_ND.to(basis.dtype), basis.flatten(0, 1)).unflatten(1, basis.shape[:2])
-    return torch.linalg.vector_norm(parts_NCk.to(exact), dim=2) * scale
+    parts_NCk = linear(x_ND.to(basis.dtype), basis.flatten(0, 1)).view(-1, *basis.shape[:2])
+    logits_NC: Tensor = torch.linalg.vector_norm(parts_NCk.to(exact), dim=2)
+    return logits_NC * scale
 
 
 def principal_angles(a: Tensor, b: Tensor) -> Tensor:
@@ -97,7 +98,8 @@ def geodesic_distance(a: Tensor, b: Tensor) -> Tensor:
 
     Shapes as in :func:`principal_angles`, without the last dimension; zero where one space contains the other.
     """
-    return torch.linalg.vector_norm(principal_angles(a, b), dim=-1)
+    distance: Tensor = torch.linalg.vector_norm(principal_angles(a, b), dim=-1)
+    return distance
 
 
 def chordal_distance(a: Tensor, b: Tensor) -> Tensor:
@@ -108,7 +110,8 @@ def chordal_distance(a: Tensor, b: Tensor) -> Tensor:
     """
     small, large = _smaller_first(a, b)
     with full_precision(a.device):
-        return torch.linalg.matrix_norm(_outside(small, large))
+        distance: Tensor = torch.linalg.vector_norm(_outside(small, large), dim=(-2, -1))
+    return distance
 
 
 def orthonormality_error(basis: Tensor) -> Tensor:
@@ -192,7 +195,8 @@ def random_basis(
     q_CDk, r_Ckk = torch.linalg.qr(normal_CDk)
     # The signs that QR picks are not random; with a positive diagonal of R the basis is uniform too. QR gives columns
     # in memory, which safetensors refuses to save.
-    return (q_CDk * r_Ckk.diagonal(dim1=1, dim2=2).sign()[:, None]).mT.contiguous()
+    basis: Tensor = (q_CDk * r_Ckk.diagonal(dim1=1, dim2=2).sign()[:, None]).mT.contiguous()
+    return basis
 
 
 def tangent_projection(basis: Tensor, vector: Tensor) -> Tensor:

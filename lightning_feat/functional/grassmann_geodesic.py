@@ -12,7 +12,7 @@ With the thin SVD T = V diag(sigma) U^T the geodesic that leaves X' along T ends
 
 with c and s the two functions of H. Both are entire in H (power series without square roots), so that neither an
 eigenvector nor a singular value is ever needed, and equal or vanishing angles are nothing special. All of G = X X^T,
-Delta X^T and Delta Delta^T is one Gram matrix of the stacked rows [X; Delta], and the end is one product with them.
+Delta X^T and Delta Delta^T is one Gram matrix of the stacked rows [X; Delta].
 """
 
 import contextlib
@@ -24,9 +24,13 @@ from torch import Tensor
 
 # Terms of the two series: for |H| <= 1 the first one left out is 1 / 12! = 2e-9 or 1 / 18! = 2e-16 at most.
 _DEGREE = {torch.float32: 5, torch.float64: 8}
-_MAX_DOUBLINGS = 12
-_BLOCK_BYTES = 8 * 2**20  # rows [X; Delta] of a block: 4 to 16 MiB are level on a CPU with 32 MiB of cache
-_CUDA_BLOCK_BYTES = 256 * 2**20  # there a block is launches, so few of them; still no second copy of a large head
+# Rounding moves H by eps |H|, so a turn of t radians leaves the end orthonormal to eps t^2 only: 2e-2 for 512 rad in
+# float32, from which the next step repairs it to 1e-6, and 4e-9 for 4096 rad in float64.
+_MAX_DOUBLINGS = {torch.float32: 9, torch.float64: 12}
+_BLOCK_BYTES = 6 * 2**20  # rows [X; Delta] of a block: 4 to 8 MiB are level on a CPU with 32 MiB of cache
+_ACCELERATOR_BLOCK_BYTES = (
+    256 * 2**20
+)  # there a block is launches, so few of them; still no second copy of a large head
 _LARGE_INSIDE = 1.0  # radians; below, what cancels in H is a few roundings of one
 
 
@@ -40,7 +44,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if torch.amp.is_autocast_available(device.type):
             stack.enter_context(torch.autocast(device.type, enabled=False))
-        matmul: Any = (torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn).matmul
+        matmul: Any = getattr(torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn, "matmul", None)
         if hasattr(matmul, "fp32_precision"):  # torch 2.9; the older switch cannot be read once this one was used
             stack.callback(setattr, matmul, "fp32_precision", matmul.fp32_precision)
             matmul.fp32_precision = "ieee"
@@ -77,8 +81,9 @@ def geodesic_(moved: Tensor, start: Tensor, *, factor: float = 1.0) -> Tensor:
             than float32.
 
     Cost: reads both once and writes ``moved`` once, in blocks of classes that stay in cache; ``12 k^2 D`` flops a
-    class, ``6 k^2 D`` of them redundant halves; 8 MiB of scratch on a CPU. On an accelerator nothing waits for the
-    host. A class that turns by more than 4096 rad comes out as NaN: of such an angle float32 keeps three digits.
+    class, ``6 k^2 D`` of them redundant halves; 6 MiB of scratch on a CPU. On an accelerator nothing waits for the
+    host. A class that turns by more than 512 rad in float32 (4096 in float64) comes out as NaN: with such a step, which
+    only a diverged run takes, rounding decides where it ends.
     Source: Edelman, Arias, Smith, "The geometry of algorithms with orthogonality constraints", SIAM J. Matrix Anal.
     Appl. 20 (1998), theorem 2.3, for the geodesic; Wang, Li, Zhang, ICCV 2023, arXiv 2308.01547, for its use.
 
@@ -91,9 +96,8 @@ def geodesic_(moved: Tensor, start: Tensor, *, factor: float = 1.0) -> Tensor:
     num_classes, k, width = moved.shape
     if moved.numel() == 0:  # a rank that holds no class of a sharded head
         return moved
-    on_cpu = moved.device.type == "cpu"
-    row_bytes = max(2 * k * width * moved.element_size(), 1)
-    block = max(1, min(num_classes, (_BLOCK_BYTES if on_cpu else _CUDA_BLOCK_BYTES) // row_bytes))
+    block_bytes = _BLOCK_BYTES if moved.device.type == "cpu" else _ACCELERATOR_BLOCK_BYTES
+    block = max(1, min(num_classes, block_bytes // (2 * k * width * moved.element_size())))
     rows = moved.new_empty(block, 2 * k, width)
     with full_precision(moved.device):
         for moved_BkD, start_BkD in zip(torch.split(moved, block), torch.split(start, block), strict=True):
@@ -121,14 +125,19 @@ def _check_pair(moved: Tensor, start: Tensor) -> None:
         )
 
 
+def _may_look(tensor: Tensor) -> bool:
+    """Whether to read a value and spare work by it; on an accelerator the reading would wait for all work before."""
+    return tensor.device.type == "cpu"
+
+
 def _end_coefficients(rows_BrD: Tensor, factor: float) -> tuple[Tensor, Tensor]:
     """Factors (B, k, k) of X and of ``factor * Delta`` in the end; may take what lies along X out of Delta in place."""
     k = rows_BrD.shape[1] // 2
     gram_Brr = torch.bmm(rows_BrD, rows_BrD.mT)
     still_B11 = gram_Brr[:, k:, k:].diagonal(dim1=1, dim2=2).sum(1)[:, None, None] == 0
     # H = Delta Delta^T - A A^T cancels where much of Delta lies inside the subspace. There take that part out of Delta
-    # before H is formed: two more products. A CPU can look whether it is needed; elsewhere looking would be a wait.
-    if rows_BrD.device.type != "cpu" or abs(factor) * float(gram_Brr[:, k:, :k].abs().amax()) > _LARGE_INSIDE:
+    # before H is formed, at the price of two more products.
+    if not _may_look(rows_BrD) or abs(factor) * float(gram_Brr[:, k:, :k].abs().amax()) > _LARGE_INSIDE:
         rows_BrD[:, k:].baddbmm_(gram_Brr[:, k:, :k], rows_BrD[:, :k], alpha=-1)
         gram_Brr = torch.bmm(rows_BrD, rows_BrD.mT)
     inside_Bkk, outer_Bkk = gram_Brr[:, k:, :k], gram_Brr[:, k:, k:]
@@ -146,24 +155,25 @@ def cos_and_sinc(h: Tensor) -> tuple[Tensor, Tensor]:
     r"""Both of :math:`\cos \sqrt H` and :math:`\sin \sqrt H / \sqrt H` of symmetric matrices, without eigenvalues.
 
     Power series of :math:`H / 4^m`, then m doublings of the angle; m is chosen for each matrix by its Frobenius norm.
-    The error grows with the largest angle, by about one rounding a radian. On a CPU the loop ends with the largest m;
-    elsewhere it runs its full length, so that nothing waits for the device.
+    The error is about :math:`1 + \lVert H \rVert` roundings, that of H itself. On a CPU the loop ends with the largest
+    m; elsewhere it runs its full length, so that nothing waits for the device.
 
     Args:
         h: ``(B, k, k)``, symmetric and positive semidefinite up to rounding; square of the angles, in radians.
 
     Returns:
-        Two tensors ``(B, k, k)``; NaN where an angle may be above 4096 rad.
+        Two tensors ``(B, k, k)``; NaN where the Frobenius norm of H is above the square of 512 (float32) or 4096 (float64).
     """
     norm_B11 = torch.linalg.vector_norm(h, dim=(1, 2), keepdim=True)
-    if h.device.type == "cpu" and bool((norm_B11 <= 1).all()):  # angles of a usual step: nothing to halve or double
+    if _may_look(h) and bool((norm_B11 <= 1).all()):  # angles of a usual step: nothing to halve or double
         return _series(h)
+    most = _MAX_DOUBLINGS[h.dtype]
     doublings_B11 = (0.5 * norm_B11.log2()).ceil().clamp(min=0)
-    doublings_B11 = torch.where(doublings_B11 > _MAX_DOUBLINGS, torch.nan, doublings_B11)
+    doublings_B11 = torch.where(doublings_B11 > most, torch.nan, doublings_B11)
     h = h * torch.exp2(-2 * doublings_B11)
     cos, sinc = _series(h)
     eye = torch.eye(h.shape[-1], dtype=h.dtype, device=h.device)
-    for done in range(int(doublings_B11.nan_to_num().max()) if h.device.type == "cpu" else _MAX_DOUBLINGS):
+    for done in range(int(doublings_B11.nan_to_num().max()) if _may_look(h) else most):
         going_B11 = doublings_B11 > done
         # cos 2x = 1 - 2 sin^2 x: near 1 it keeps the digits that 2 cos^2 x - 1 would lose, factor 4 at each doubling.
         cos, sinc = (

@@ -36,6 +36,11 @@ def all_reduce_sum(state: Tensor, group: Any = None) -> list[Tensor]:
     return [total]
 
 
+def _values_are_at_hand(values: Tensor) -> bool:
+    """Whether looking at values stops nothing: on an accelerator it waits until all that was queued has run."""
+    return values.device.type == "cpu"
+
+
 class _ClassSumsMetric(Metric):
     """Sums per class, added in place so that a batch costs its own size and not that of the state."""
 
@@ -77,8 +82,8 @@ class _ClassSumsMetric(Metric):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """The batch in float64 with what must not count set to zero, and weights of one or zero (None: all count).
 
-        On the CPU a look at the values is free. Elsewhere it waits for the device, which only the first batch does:
-        later targets out of range are left out, counted, and reported by ``compute``.
+        On an accelerator only the first batch looks for targets out of range; later ones are left out, counted, and
+        reported by ``compute``.
         """
         if features.ndim != 2 or features.shape[1] != self.num_features:
             raise ValueError(
@@ -88,7 +93,7 @@ class _ClassSumsMetric(Metric):
         if repeated is not None and repeated.shape != features.shape[:1]:
             raise ValueError(f"repeated must be ({len(features)},), one for each sample, got {tuple(repeated.shape)}")
         features = to_float64(features.detach())
-        targets, on_cpu = targets.to(features.device), features.device.type == "cpu"
+        targets, at_hand = targets.to(features.device), _values_are_at_hand(features)
         bad_N = ~vector_norm(features, dim=1).isfinite()  # ten times as fast as features.isfinite().all(1)
         left_out_N = bad_N
         if repeated is not None:
@@ -96,13 +101,13 @@ class _ClassSumsMetric(Metric):
             bad_N, left_out_N = bad_N & ~repeated_N, bad_N | repeated_N
         self.nonfinite += bad_N.sum()
         if targets.ndim == 1 and not targets.is_floating_point():
-            if on_cpu or first:
+            if at_hand or first:
                 check_target_range(targets, self.num_classes)
             else:
                 outside_N = (targets < 0) | (targets >= self.num_classes)
                 self.outside += (outside_N & ~left_out_N).sum()
                 targets, left_out_N = targets.masked_fill(outside_N, 0), left_out_N | outside_N
-        if on_cpu and not left_out_N.any():
+        if at_hand and not left_out_N.any():
             return features, targets, None
         return features.masked_fill(left_out_N[:, None], 0), targets, (~left_out_N).double()
 
@@ -164,10 +169,10 @@ class NeuralCollapse(_ClassSumsMetric):
     :meth:`set_classifier` also NC0 and NC3. For nearest-mean accuracy, NC4, and NC1 by pseudo-inverse without a
     ``(D, D)`` matrix, run over the same samples again between :meth:`start_second_pass` and ``compute``.
 
-    Keeps sums, not samples: ``8 * C * (D + 3)`` bytes, with ``second_moment`` ``8 * D^2`` more, and torchmetrics holds as
-    many again for ``reset``. At C = 1000, D = 2048 that is 16 MB (twice), with the second moment 50 MB (twice). To
-    synchronise, a process receives one copy of the state. A batch of 128 takes 0.08 ms at C = 10, D = 512 and 0.25 ms at
-    1000 x 2048 on one CPU core, with the second moment 1.6 and 43 ms. Call ``update``, not the metric itself, whose
+    Keeps sums, not samples: ``8 * C * (D + 3)`` bytes, with ``second_moment`` ``8 * D^2`` more; torchmetrics holds as many
+    again for ``reset``. At C = 1000, D = 2048 that is 16 MB (twice), with the second moment 50 MB (twice). To
+    synchronise, a process receives one copy of the state. A batch of 128 takes 0.08 ms at C = 10, D = 512 and 0.25 ms
+    at 1000 x 2048 on one CPU core, with the second moment 1.6 and 43 ms. Call ``update``, not the metric itself: its
     ``forward`` computes all measures at every batch.
 
     Args:

@@ -126,6 +126,8 @@ class SubspaceStep:
 
     @torch.no_grad()
     def _after(self, *_: Any) -> None:
+        if not self._between:
+            return  # a step that calls the step of its base class: hooks fire for both, the inner one has done the work
         for basis, group in self._held():
             moved, start = local_part(basis), self._start[basis]
             if not moved.numel():

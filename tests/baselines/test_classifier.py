@@ -43,6 +43,7 @@ def test_fits_validates_and_tests_in_a_plain_trainer(make, tmp_path):
 
 def test_logged_loss_and_accuracy_are_those_of_all_samples_together(tmp_path):
     module, run = MLPClassifier(64, 3), trainer(tmp_path)
+    run.fit(module, loader(20, 8))  # so that it predicts several classes
     run.validate(module, loader(20, 8), verbose=False)  # batches of 8, 8 and 4
     images, targets = loader(20, 8).dataset.tensors
     logits = module.eval()(images)

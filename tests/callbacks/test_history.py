@@ -37,6 +37,13 @@ class Late(Callback):
         pl_module.log("late/by_callback", 10.0 * trainer.current_epoch)
 
 
+class Early(Callback):
+    """As the monitor of learning rates does it."""
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        trainer.callback_metrics["early"] = torch.tensor(float(trainer.current_epoch))
+
+
 class Reporter(MetricHistory):
     def __init__(self):
         super().__init__()
@@ -69,6 +76,12 @@ def test_each_epoch_has_its_values_whoever_logged_them(tmp_path):
     assert points["val/steps_done"] == [(1, 4), (2, 8), (3, 12), (4, 16)]
     assert points["train/by_step"] == [(1, 3), (2, 3), (3, 3), (4, 3)]
     assert points["train/both"] == [(1, 1.5), (2, 1.5), (3, 1.5), (4, 1.5)]  # the mean of the epoch, not the last step
+
+
+def test_what_is_set_at_the_start_of_an_epoch_belongs_to_it(tmp_path):
+    history = Reporter()
+    trainer(tmp_path, [Early(), history]).fit(Counter(), loader(), loader())
+    assert history.points["early"] == [(1, 0), (2, 1), (3, 2), (4, 3)]
 
 
 def test_metric_of_every_second_epoch_has_no_points_between(tmp_path):
@@ -165,6 +178,18 @@ def test_reports_when_broken_off(error, seen, tmp_path):
     with pytest.raises(seen):
         trainer(tmp_path, [history, Break(error)]).fit(Counter(), loader(), loader())
     assert (history.reports, len(history.points["late/by_module"])) == (1, 2)
+
+
+class Trip(Callback):
+    def on_fit_end(self, trainer, pl_module):
+        raise ArithmeticError
+
+
+def test_an_error_after_the_report_brings_no_second_one(tmp_path):
+    history = Reporter()
+    with pytest.raises(ArithmeticError):
+        trainer(tmp_path, [history, Trip()]).fit(Counter(), loader(), loader())
+    assert history.reports == 1
 
 
 def test_error_in_a_report_becomes_a_warning(tmp_path):

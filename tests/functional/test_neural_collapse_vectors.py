@@ -19,7 +19,7 @@ def simplex_means(num_classes=C, width=D, radius=RADIUS):
 
 @pytest.fixture(scope="module")
 def isotropic():
-    """Features whose covariance in every class is exactly SPREAD^2 I: the points +-sqrt(D) SPREAD e_d around the mean."""
+    """Features of covariance SPREAD^2 I in every class: the points +-sqrt(D) SPREAD e_d around its mean."""
     points = math.sqrt(D) * SPREAD * torch.cat([torch.eye(D), -torch.eye(D)]).double()
     features = (simplex_means()[:, None] + points).reshape(-1, D)
     return features + 0.5, torch.arange(C).repeat_interleave(2 * D)  # the global mean is not at the origin
@@ -76,7 +76,7 @@ def measure(features, targets, weight=None, bias=None, logits=None, num_classes=
 )
 def test_simplex_means_with_equal_spread(isotropic, name, expected):
     value = measure(*isotropic, weight=4 * simplex_means())[name]
-    torch.testing.assert_close(value, torch.tensor(expected).double(), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(value, torch.tensor(expected, dtype=torch.float64), rtol=1e-10, atol=1e-12)
 
 
 def test_pseudo_inverse_is_the_definition_with_sample_mean_too():
@@ -192,11 +192,12 @@ def test_moving_all_features_changes_nothing_but_the_bias_duality():
     compare(before.keys() - {"bias_duality_classes", "bias_duality_samples"}, before, after)
 
 
-def test_an_invertible_linear_map_leaves_nc1_by_pseudo_inverse_and_vci():
+def test_an_invertible_linear_map_leaves_vci_alone():
     features, targets, *_ = random_problem()
     before, after = measure(features, targets), measure(features @ LINEAR, targets)
     compare(["vci"], before, after)
-    assert abs(before["nc1_quotient"] - after["nc1_quotient"]) > 1e-3
+    for name in ("nc1_quotient", "nc1_pinv_over_k"):  # the pseudo-inverse keeps the span of the means, not its metric
+        assert abs(before[name] / after[name] - 1) > 0.1
 
 
 def test_with_as_many_directions_as_features_the_linear_map_leaves_the_pseudo_inverse_too():
@@ -238,7 +239,7 @@ def test_nothing_is_undefined_loudly():
     one_class = measure(torch.randn(4, 3), torch.ones(4, dtype=torch.long), num_classes=3, weight=torch.randn(3, 3))
     for values in (nothing, one_class):
         undefined = {name for name, value in values.items() if value.isnan()}
-        assert undefined >= values.keys() - {"nc0", "nc0_relative", "nc3", "nc3_squared", "ncc_accuracy"}
+        assert undefined >= values.keys() - {"nc0", "nc0_relative", "ncc_accuracy"}
         assert all(value.dtype == torch.float64 and value.shape == () for value in values.values())
 
 

@@ -1,0 +1,279 @@
+"""Whatever optimizer steps, the subspaces stay on the manifold, and with SGD they go where the paper's go."""
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm.optim
+import torch
+from torch import nn
+
+from lightning_feat.functional.grassmann import orthonormality_error, random_basis
+from lightning_feat.layers import GrassmannLinear
+from lightning_feat.optim import follow_subspaces
+
+GOLDEN = [Path(__file__).parents[1] / "data" / f"grassmann_rsgd{end}.npz" for end in ("", "_lines")]
+
+
+class Model(nn.Module):
+    """A layer and a head of subspaces."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.body = nn.Linear(6, 12)
+        self.head = GrassmannLinear(12, 5, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(x).relu())
+
+
+def projectors(basis: torch.Tensor) -> torch.Tensor:
+    return basis.detach().mT @ basis.detach()
+
+
+def train(model, optimizer, steps=6, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        x, y = torch.randn(16, 6, generator=generator), torch.randint(0, 5, (16,), generator=generator)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x.to(model.body.weight)), y).backward()
+        optimizer.step()
+    return model
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.3])  # no decay acts on a subspace, coupled and with momentum included
+@pytest.mark.parametrize("flavour", [{}, {"foreach": True}, {"fused": True}, {"by closure": True}])
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
+def test_sgd_follows_the_authors_trajectory(path, flavour, decay):
+    z = np.load(path)
+    num_classes, k, width = z["initial_basis"].shape
+    head = GrassmannLinear(width, num_classes, k, scale=float(z["gamma"])).double()
+    head.load_state_dict({"basis": torch.tensor(z["initial_basis"])}, strict=False)
+    by_closure = "by closure" in flavour
+    options = {} if by_closure else flavour
+    optimizer = torch.optim.SGD(
+        head.parameters(), lr=float(z["lr"]), momentum=float(z["momentum"]), weight_decay=decay, **options
+    )
+    follow_subspaces(optimizer, head)
+    for gradient, projector in zip(z["gradients"], z["projectors"], strict=True):
+
+        def closure(gradient=gradient):
+            head.basis.grad = torch.tensor(gradient)
+
+        if by_closure:
+            optimizer.step(closure)
+        else:
+            closure()
+            optimizer.step()
+        torch.testing.assert_close(projectors(head.basis), torch.tensor(projector), rtol=0, atol=1e-10)
+    logits = head(torch.tensor(z["features"])).detach()
+    torch.testing.assert_close(logits, torch.tensor(z["logits_final"]), rtol=0, atol=1e-10)
+
+
+def make(name, parameters):
+    if name.startswith("timm "):
+        return timm.optim.create_optimizer_v2(
+            list(parameters), opt=name.removeprefix("timm "), lr=1e-3, weight_decay=0.01
+        )
+    kind, *flags = name.split()
+    return getattr(torch.optim, kind)(parameters, lr=1e-2, **dict.fromkeys(flags, True))
+
+
+OPTIMIZERS = [
+    *("SGD", "SGD foreach", "SGD fused", "AdamW", "AdamW foreach", "AdamW fused", "Adam amsgrad", "NAdam", "RAdam"),
+    *("RMSprop", "Adagrad", "Adamax", "timm lamb", "timm lion", "timm adan", "timm nadamw", "timm adafactor"),
+]
+
+
+@pytest.mark.parametrize("update", ["auto", "displacement", "momentum"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_stays_on_the_manifold_moves_and_is_saved(name, update):
+    model = Model()
+    optimizer = make(name, model.parameters())
+    step = follow_subspaces(optimizer, model, update=update)
+    before = projectors(model.head.basis)
+    train(model, optimizer)
+    assert step.steps == 6
+    assert orthonormality_error(model.head.basis.detach()).max() < 1e-5
+    assert (projectors(model.head.basis) - before).abs().max() > 1e-5
+    twin = copy.deepcopy(model)  # saved and restored, both go the same way
+    other = make(name, twin.parameters())
+    follow_subspaces(other, twin, update=update)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(model, optimizer, seed=2)
+    train(twin, other, seed=2)
+    assert torch.equal(model.head.basis, twin.head.basis)
+
+
+def test_auto_is_displacement_for_sgd_and_momentum_for_the_rest():
+    model = Model()
+    assert follow_subspaces(torch.optim.SGD(model.parameters(), lr=0.1), model).update == "displacement"
+    assert follow_subspaces(torch.optim.AdamW(model.parameters()), model).update == "momentum"
+
+
+def test_the_momentum_rule_beside_adamw_is_sgd_with_momentum_on_the_subspaces():
+    torch.manual_seed(3)
+    gradients = torch.randn(5, 5, 3, 12, dtype=torch.float64)
+    ends = []
+    for kind in ("AdamW", "SGD"):
+        head = Model().double().head
+        adaptive = kind == "AdamW"
+        optimizer = (
+            torch.optim.AdamW(head.parameters(), lr=1e-3, weight_decay=0.1)
+            if adaptive
+            else torch.optim.SGD(head.parameters(), lr=0.2, momentum=0.8)
+        )
+        follow_subspaces(optimizer, head, lr=0.1, lr_factor=2.0 if adaptive else 1.0, momentum=0.8)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 10)  # the shape is followed
+        for gradient in gradients:
+            head.basis.grad = gradient.clone()
+            optimizer.step()
+            schedule.step()
+        ends.append(projectors(head.basis))
+    torch.testing.assert_close(*ends, rtol=0, atol=1e-12)
+
+
+def test_lr_factor_scales_the_displacement_of_the_subspaces_alone():
+    models = [Model(), Model()]
+    for model, lr, factor in zip(models, (0.1, 0.05), (1.0, 2.0), strict=True):
+        optimizer = torch.optim.SGD(
+            [{"params": model.body.parameters(), "lr": 0.1}, {"params": model.head.parameters()}], lr=lr
+        )
+        follow_subspaces(optimizer, model, lr_factor=factor)
+        train(model, optimizer)
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_decay_of_an_adaptive_optimizer_leaves_its_displacement_alone():
+    models = [Model().double(), Model().double()]
+    for model, decay in zip(models, (0.0, 0.5), strict=True):
+        optimizer = torch.optim.Adam(model.head.parameters(), lr=0.01, weight_decay=decay)
+        follow_subspaces(optimizer, model, update="displacement")
+        train(model, optimizer)
+    torch.testing.assert_close(projectors(models[0].head.basis), projectors(models[1].head.basis), rtol=0, atol=1e-10)
+
+
+def test_a_basis_without_a_gradient_or_frozen_stays_bit_for_bit():
+    model = Model()
+    before = model.head.basis.detach().clone()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    follow_subspaces(optimizer, model)
+    model.body(torch.randn(2, 6)).sum().backward()
+    optimizer.step()
+    assert torch.equal(model.head.basis, before)
+    model.head.requires_grad_(False)
+    train(model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1))
+    assert torch.equal(model.head.basis, before)
+
+
+def test_a_step_that_fp16_skips_moves_nothing_and_leaves_the_momentum():
+    model = Model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)  # called by the scaler, skips in its kernel
+    follow_subspaces(optimizer, model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    x, y = torch.randn(16, 6), torch.randint(0, 5, (16,))
+
+    def step(factor):
+        optimizer.zero_grad()
+        scaler.scale(nn.functional.cross_entropy(model(x), y) * factor).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+    step(1.0)
+    basis = model.head.basis.detach().clone()
+    buffer = optimizer.state[model.head.basis]["subspace_momentum"].clone()
+    step(float("inf"))
+    assert torch.equal(model.head.basis, basis)
+    assert torch.equal(optimizer.state[model.head.basis]["subspace_momentum"], buffer)
+
+
+def test_under_fp16_a_fused_step_is_the_step_without_it():
+    ends = []
+    for scaled in (False, True):
+        model = Model()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
+        follow_subspaces(optimizer, model)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=scaled)
+        torch.manual_seed(0)
+        for _ in range(3):
+            x, y = torch.randn(16, 6), torch.randint(0, 5, (16,))
+            optimizer.zero_grad()
+            scaler.scale(nn.functional.cross_entropy(model(x), y)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        ends.append(projectors(model.head.basis))
+    torch.testing.assert_close(*ends, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["LBFGS", "Lookahead", "ScheduleFreeAdamW"])
+def test_what_cannot_follow_is_refused_by_name(kind):
+    model = Model()
+    cls = torch.optim.LBFGS if kind == "LBFGS" else type(kind, (torch.optim.SGD,), {})
+    with pytest.raises(ValueError, match=f"class subspaces cannot follow {kind}"):
+        follow_subspaces(cls(model.parameters()), model)
+
+
+def test_numbers_out_of_range_are_refused():
+    model = Model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for wrong in ({"update": "euclidean"}, {"lr_factor": -1.0}, {"momentum": 1.0}):
+        with pytest.raises(ValueError):
+            follow_subspaces(optimizer, model, **wrong)
+
+
+def test_an_unfinished_step_can_be_undone():
+    class Breaks(torch.optim.SGD):
+        @torch.no_grad()
+        def step(self, closure=None):
+            model.head.basis.add_(1.0)
+            raise KeyboardInterrupt
+
+    model = Model()
+    before = model.head.basis.detach().clone()
+    optimizer = Breaks(model.head.parameters(), lr=1.0)
+    step = follow_subspaces(optimizer, model)
+    with pytest.raises(KeyboardInterrupt):
+        train(model, optimizer, steps=1)
+    assert not torch.equal(model.head.basis, before)
+    step.undo_unfinished()
+    assert torch.equal(model.head.basis, before)
+
+
+def test_a_step_that_calls_the_step_of_its_base_class_is_one_step():
+    class Derived(torch.optim.SGD):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    models = [Model(), Model()]
+    for model, cls in zip(models, (torch.optim.SGD, Derived), strict=True):
+        optimizer = cls(model.parameters(), lr=0.5, momentum=0.9)
+        step = follow_subspaces(optimizer, model)
+        train(model, optimizer)
+        assert step.steps == 6
+    assert torch.equal(models[0].head.basis, models[1].head.basis)
+
+
+def test_removed_hooks_leave_the_optimizer_alone():
+    model = Model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    follow_subspaces(optimizer, model).remove()
+    train(model, optimizer, steps=3)
+    assert orthonormality_error(model.head.basis.detach()).max() > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+def test_a_thousand_float32_steps_stay_orthonormal(name):
+    torch.manual_seed(0)
+    basis = nn.Parameter(random_basis(20, 4, 64))
+    head = GrassmannLinear(64, 20, 4)
+    head.basis = basis
+    optimizer = getattr(torch.optim, name)(head.parameters(), lr=0.1)
+    follow_subspaces(optimizer, head)
+    for _ in range(1000):
+        basis.grad = torch.randn_like(basis)
+        optimizer.step()
+    assert orthonormality_error(basis.detach()).max() < 1e-5
