@@ -227,8 +227,9 @@ class _FollowOptimizers:
 class _SwapHead:
     """Replaces the classifier, once, as soon as it exists: at once, or as the link around ``configure_model``.
 
-    At once, so that a module that the user shards in ``configure_model`` has its head sharded too, and that averaging callbacks
-    copy the new head; but not where the user builds layers later, of which one could be the classifier that is meant.
+    At once, so that a module that the user shards in ``configure_model`` has its head sharded too, and that averaging
+    callbacks copy the new head; but not where the user builds layers later, of which one could be the classifier that
+    is meant.
     """
 
     def __init__(self, layer: str | None, options: dict[str, Any]) -> None:

@@ -162,9 +162,11 @@ def cos_and_sinc(h: Tensor) -> tuple[Tensor, Tensor]:
         h: ``(B, k, k)``, symmetric and positive semidefinite up to rounding; square of the angles, in radians.
 
     Returns:
-        Two tensors ``(B, k, k)``; NaN where the Frobenius norm of H is above the square of 512 (float32) or 4096 (float64).
+        Two tensors ``(B, k, k)``; NaN where the norm of H is above the square of 512 (float32) or 4096 (float64).
+        Differentiable.
     """
-    norm_B11 = torch.linalg.vector_norm(h, dim=(1, 2), keepdim=True)
+    # Detached: the number of doublings is constant, but the gradient of log2 at zero would make NaN of that.
+    norm_B11 = torch.linalg.vector_norm(h.detach(), dim=(1, 2), keepdim=True)
     if _may_look(h) and bool((norm_B11 <= 1).all()):  # angles of a usual step: nothing to halve or double
         return _series(h)
     most = _MAX_DOUBLINGS[h.dtype]

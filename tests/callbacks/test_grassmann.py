@@ -90,7 +90,11 @@ def test_the_callback_equals_the_module_written_by_hand(tmp_path, cls, kwargs):
     fit(tmp_path, ours, GrassmannHead(2), **kwargs)
     fit(tmp_path, by_hand, **kwargs)
     head_of(ours)
-    assert equal(weights(ours), weights(by_hand))
+    if cls is Early and "gradient_clip_val" in kwargs:  # its groups add up the norm in another order
+        for a, b in zip(weights(ours), weights(by_hand), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    else:
+        assert equal(weights(ours), weights(by_hand))
 
 
 def test_the_head_is_trained_and_the_module_is_left_without_a_trace(tmp_path):
