@@ -1,9 +1,22 @@
-"""Plug-ins for LightningModules that you did not write: a ``*Monitor`` only reads, a ``*Regularizer`` changes the
-loss.
+"""Plug-ins for LightningModules that you did not write.
+
+A ``*Monitor`` only reads, a ``*Regularizer`` changes the loss.
 """
 
+from lightning_feat.callbacks.curves import CurvePlotter, Panel
 from lightning_feat.callbacks.grassmann import GrassmannHead
+from lightning_feat.callbacks.history import MetricHistory
 from lightning_feat.callbacks.neural_collapse import NeuralCollapseMonitor
 from lightning_feat.callbacks.regularizer import FeatureRegularizer, Regularizer
+from lightning_feat.callbacks.summary import SummaryTable
 
-__all__ = ["FeatureRegularizer", "GrassmannHead", "NeuralCollapseMonitor", "Regularizer"]
+__all__ = [
+    "CurvePlotter",
+    "FeatureRegularizer",
+    "GrassmannHead",
+    "MetricHistory",
+    "NeuralCollapseMonitor",
+    "Panel",
+    "Regularizer",
+    "SummaryTable",
+]

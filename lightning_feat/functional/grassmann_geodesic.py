@@ -164,7 +164,12 @@ def cos_and_sinc(h: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Two tensors ``(B, k, k)``; NaN where the norm of H is above the square of 512 (float32) or 4096 (float64).
         Differentiable.
+
+    Raises:
+        ValueError: if ``h`` is neither float32 nor float64.
     """
+    if h.dtype not in _DEGREE:
+        raise ValueError(f"cos_and_sinc needs float32 or float64, got {h.dtype}: keep the basis in float32.")
     # Detached: the number of doublings is constant, but the gradient of log2 at zero would make NaN of that.
     norm_B11 = torch.linalg.vector_norm(h.detach(), dim=(1, 2), keepdim=True)
     if _may_look(h) and bool((norm_B11 <= 1).all()):  # angles of a usual step: nothing to halve or double

@@ -169,8 +169,8 @@ class NeuralCollapse(_ClassSumsMetric):
     :meth:`set_classifier` also NC0 and NC3. For nearest-mean accuracy, NC4, and NC1 by pseudo-inverse without a
     ``(D, D)`` matrix, run over the same samples again between :meth:`start_second_pass` and ``compute``.
 
-    Keeps sums, not samples: ``8 * C * (D + 3)`` bytes, with ``second_moment`` ``8 * D^2`` more; torchmetrics holds as many
-    again for ``reset``. At C = 1000, D = 2048 that is 16 MB (twice), with the second moment 50 MB (twice). To
+    Keeps sums, not samples: ``8 * C * (D + 3)`` bytes, with ``second_moment`` ``8 * D^2`` more; torchmetrics holds as
+    many again for ``reset``. At C = 1000, D = 2048 that is 16 MB (twice), with the second moment 50 MB (twice). To
     synchronise, a process receives one copy of the state. A batch of 128 takes 0.08 ms at C = 10, D = 512 and 0.25 ms
     at 1000 x 2048 on one CPU core, with the second moment 1.6 and 43 ms. Call ``update``, not the metric itself: its
     ``forward`` computes all measures at every batch.

@@ -1,0 +1,83 @@
+"""Two processes do together what one does alone."""
+
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+
+import ddp_cases
+import pytest
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """The results of all cases on two processes, as a pair of dictionaries."""
+    folder = tmp_path_factory.mktemp("pair")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    processes = []
+    for rank in range(2):
+        where = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "WORLD_SIZE": "2",
+            "NODE_RANK": "0",
+            "LOCAL_RANK": str(rank),
+        }
+        command = [sys.executable, ddp_cases.__file__, str(folder / f"{rank}.json")]
+        env = {**os.environ, **where, "OMP_NUM_THREADS": "1"}
+        processes.append(subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE))
+    try:
+        errors = [process.communicate(timeout=180)[1].decode() for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    paths = [folder / f"{rank}.json" for rank in range(2)]
+    assert all(path.exists() for path in paths), errors
+    return tuple(json.loads(path.read_text()) for path in paths)
+
+
+def of(pair, name):
+    for results in pair:
+        value = results.get(name, f"{name} was not reached")
+        assert not isinstance(value, str), value
+    return pair[0][name], pair[1][name]
+
+
+def one_process(name):
+    return getattr(ddp_cases, name)(1, 0)
+
+
+@pytest.mark.parametrize("name", ["term", "term_now_and_then", "grassmann", "grassmann_built", "grassmann_adaptive"])
+def test_both_processes_end_bit_for_bit_alike(pair, name):
+    first, second = of(pair, name)
+    assert first == second
+
+
+def test_a_term_equals_the_term_written_by_hand(pair):
+    assert of(pair, "term")[0] == pytest.approx(of(pair, "by_hand")[0], rel=1e-6, abs=1e-7)
+
+
+@pytest.mark.parametrize("name", ["term", "grassmann_built", "grassmann_adaptive"])
+def test_two_processes_equal_one_up_to_rounding(pair, name):
+    # float32, 6 steps: mean of two half batches instead of one mean
+    assert of(pair, name)[0] == pytest.approx(one_process(name), rel=1e-4, abs=2e-5)
+
+
+def test_subspaces_are_orthonormal_on_both(pair):
+    for results in (*of(pair, "grassmann"), *of(pair, "grassmann_adaptive")):
+        assert results[0] < 1e-5
+
+
+@pytest.mark.parametrize("name", ["collapse_online", "collapse_exact"])
+def test_collapse_is_that_of_one_process_and_no_sample_counts_twice(pair, name):
+    first, second = of(pair, name)
+    alone = one_process(name)  # 43 samples: the sampler repeats one of them for the second process
+    assert first == second
+    assert set(first) == set(alone)
+    for measure, value in alone.items():  # logged in float32
+        assert first[measure] == pytest.approx(value, rel=1e-5, abs=1e-6), measure
+        assert math.isfinite(value), measure
