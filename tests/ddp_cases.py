@@ -1,4 +1,4 @@
-"""What two gloo processes do, for ``test_ddp.py``: starting a pair costs more than all cases, so one pair runs them all."""
+"""What two gloo processes do, for ``test_ddp.py``: one pair runs all cases, as starting it costs more than they do."""
 
 import json
 import os

@@ -133,6 +133,8 @@ def draw(panels: Sequence[Panel], points: Points) -> "Figure":
 
 def draw_panel(panel: Panel, points: Points, axes: "Axes") -> None:
     """The curves of one panel, each with a marker at its last value."""
+    from matplotlib.ticker import LogLocator
+
     shown = select(panel.metrics, points)
     for number, (name, title) in enumerate(shown.items()):
         x = [epochs for epochs, _ in points[name]]
@@ -147,8 +149,13 @@ def draw_panel(panel: Panel, points: Points, axes: "Axes") -> None:
         )
         if panel.log_scale and visible:
             axes.set_yscale("log")
+        low, high = (end([panel.scale * v for name in shown for _, v in points[name] if v > 0]) for end in (min, max))
+        if high < 100 * low:  # powers of ten alone would leave one number or none
+            axes.yaxis.set_minor_locator(LogLocator(subs=(2.0, 5.0)))
+            axes.yaxis.set_minor_formatter("{x:g}")
+            axes.yaxis.set_major_formatter("{x:g}")
     axes.set_ylabel(panel.label, fontsize=9)
-    axes.tick_params(labelsize=8)
+    axes.tick_params(labelsize=8, which="both")
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.02, y=0.08)
     if len(shown) > 1 or isinstance(panel.metrics, dict):

@@ -64,14 +64,14 @@ def mse_orthogonal_frame(
 
     Example:
         >>> mse_orthogonal_frame(torch.tensor([40, 10]), weight_decay=0.01, feature_decay=1e-3).logits
-        tensor([0.9209, 0.8419], dtype=torch.float64)
+        tensor([0.9750, 0.9500], dtype=torch.float64)
     """
     n_C = _checked_counts(counts, weight_decay, feature_decay)
     if num_layers < 1:
         raise ValueError(f"num_layers={num_layers}: at least one linear layer, the classifier itself")
     depth, size = num_layers, float(n_C.sum())
-    # Per class, x^M = weight / (N lambda_H) minimises 1 / (x^M + 1) + slope x. The slope of the first term is steepest at
-    # x^M = (M - 1) / (M + 1); beyond, it falls, and the largest root lies between there and where M / x^(M+1) = slope.
+    # Per class, x^M = weight / (N lambda_H) minimises 1 / (x^M + 1) + slope x. The first term is steepest at
+    # x^M = (M - 1) / (M + 1); the largest root lies between there and where M / x^(M+1) = slope.
     slope_C = depth * size * (size * weight_decay**depth * feature_decay) ** (1 / depth) / n_C
     low_C = torch.full_like(n_C, ((depth - 1) / (depth + 1)) ** (1 / depth))
     high_C = (depth / slope_C) ** (1 / (depth + 1)) + low_C
@@ -118,7 +118,7 @@ def ce_nonnegative_collapse_count(
 
 
 def seli_grams(counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Gram matrices ``(C, C)`` of classifier and class means, up to scale, of cross-entropy with vanishing weight decay.
+    """Gram matrices ``(C, C)`` of classifier and class means, up to scale, for cross-entropy as the decay vanishes.
 
     Features may have any sign; logits tend to the one-hot targets minus their mean ("simplex-encoded labels").
     Compare with :func:`~lightning_feat.functional.collapse_means.gram_error`; at finite decay the geometry differs, and

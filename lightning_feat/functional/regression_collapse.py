@@ -30,7 +30,7 @@ def target_covariance(targets: Tensor) -> Tensor:
 
 
 def _outside(features: Tensor, directions_rD: Tensor) -> Tensor:
-    """Mean over samples of the squared part of the normalised features outside orthonormal directions; zeros left out."""
+    """Mean squared part of the normalised features outside orthonormal directions; zero features are left out."""
     norm_N: Tensor = vector_norm(features, dim=1)
     unit_ND = features[norm_N > 0] / norm_N[norm_N > 0, None]
     return (unit_ND - unit_ND @ directions_rD.T @ directions_rD).square().sum(1).mean()
@@ -74,7 +74,7 @@ def _root(covariance: Tensor) -> Tensor:
 
 
 def nrc3(weight: Tensor, covariance: Tensor, gamma: Tensor | float) -> Tensor:
-    r"""Squared distance of :math:`W W^\top` to :math:`\Sigma^{1/2} - \gamma^{1/2} I`, both scaled to unit norm; in [0, 4].
+    r"""Squared distance of :math:`W W^\top` to :math:`\Sigma^{1/2} - \gamma^{1/2} I`, both of unit norm; in [0, 4].
 
     Args:
         weight: ``(n, D)`` the head.
@@ -97,7 +97,7 @@ def nrc3(weight: Tensor, covariance: Tensor, gamma: Tensor | float) -> Tensor:
 def nrc3_best_gamma(weight: Tensor, covariance: Tensor) -> Tensor:
     r"""The gamma between 0 and the smallest eigenvalue of the covariance that makes :func:`nrc3` least, in closed form.
 
-    The cosine between :math:`W W^\top` and :math:`\Sigma^{1/2} - t I` has one stationary point in t; it or an end is best.
+    The cosine of :math:`W W^\top` and :math:`\Sigma^{1/2} - t I` has one stationary point in t: it or an end is best.
     """
     w_nD, root_nn = to_float64(weight), _root(covariance)
     gram_nn = w_nD @ w_nD.T
@@ -122,8 +122,8 @@ def regression_optimum(targets: Tensor, weight_decay: float, feature_decay: floa
     .. math:: \tfrac{1}{2N} \lVert W H + b - Y \rVert^2 + \tfrac{\lambda_H}{2N} \lVert H \rVert^2
               + \tfrac{\lambda_W}{2} \lVert W \rVert^2 .
 
-    With :math:`c = \lambda_H \lambda_W`, :math:`W W^\top = \sqrt{\lambda_H / \lambda_W} (\Sigma^{1/2} - \sqrt{c} I)` and
-    the residuals are white; directions in which the targets vary by no more than c are given up. Needs ``D >= n``.
+    With :math:`c = \lambda_H \lambda_W`, :math:`W W^\top = \sqrt{\lambda_H / \lambda_W} (\Sigma^{1/2} - \sqrt{c} I)`
+    and the residuals are white; directions in which the targets vary by no more than c are given up. Needs ``D >= n``.
 
     Raises:
         ValueError: if a decay is not above zero: without it nothing collapses.
@@ -141,7 +141,7 @@ def regression_optimum(targets: Tensor, weight_decay: float, feature_decay: floa
 
 
 def explained_variance_ratio(features: Tensor, num_components: int = 5) -> Tensor:
-    """Share of the variance in each of the first principal components, largest first, ``(num_components,)`` or fewer."""
+    """Share of the variance in each of the first principal components, largest first, ``(num_components,)``."""
     h_ND = to_float64(features)
     value: Tensor = torch.linalg.svdvals(h_ND - h_ND.mean(0)).square()
     return value[:num_components] / value.sum()
@@ -152,7 +152,7 @@ def two_neighbor_dimension(features: Tensor) -> Tensor:
 
     Compare that of the features with that of the targets: features of the lower dimension are compressed too far to
     generalise ("Geometric properties of neural multivariate regression", arXiv 2510.01105). Maximum likelihood form of
-    Facco et al., Scientific Reports 2017; duplicates are left out. Takes ``8 N^2`` bytes: give it a few thousand samples.
+    Facco et al., Scientific Reports 2017; duplicates are left out. Takes ``8 N^2`` bytes: a few thousand samples do.
 
     Args:
         features: ``(N, D)``, features or targets, at least three samples apart.

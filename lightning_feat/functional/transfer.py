@@ -30,8 +30,8 @@ def few_shot_error(
 ) -> FewShotError:
     """Error of the nearest class mean, with each mean taken from ``shots`` samples and tested on the others.
 
-    Every class weighs the same, however many samples it is tested on. Classes of no more than ``shots`` samples are left
-    out. Chance is ``1 - 1 / classes``. An episode costs ``2 N D C`` operations.
+    Every class weighs the same, however many samples it is tested on. Classes of no more than ``shots`` samples are
+    left out. Chance is ``1 - 1 / classes``. An episode costs ``2 N D C`` operations.
 
     Args:
         features: ``(N, D)``.
@@ -80,8 +80,8 @@ def few_shot_error_bound(totals: ClassSums, shots: int | None = None) -> Tensor:
     A sample of class i is nearer to the estimated mean of j only if
     :math:`2 \lVert h - \mu_i \rVert + \lVert \hat\mu_i - \mu_i \rVert + \lVert \hat\mu_j - \mu_j \rVert \ge d_{ij}`.
     The root mean square of the left is at most :math:`(2 + n^{-1/2}) \sigma_i + n^{-1/2} \sigma_j`, so by Markov's
-    inequality its square over :math:`d_{ij}^2` bounds the probability; these add up over j and are averaged over i. With
-    exact means that is ``4 (C - 1)`` times the CDNV: the reason why a small CDNV transfers, as Galanti, Gyorgy and Hutter
+    inequality its square over :math:`d_{ij}^2` bounds the probability; these add up over j and are averaged over i.
+    With exact means that is ``4 (C - 1)`` times the CDNV: why a small CDNV transfers, as Galanti, Gyorgy and Hutter
     (ICLR 2022) found with constants of their own. Derived here; loose, and meant for comparing layers or epochs.
 
     Args:

@@ -1,15 +1,15 @@
 r"""The Grassmann manifold of k-dimensional subspaces of R^n, for geoopt.
 
-Shapes: n ambient dimensions, k dimensions of a subspace. As everywhere in geoopt a point is (..., n, k) with orthonormal
-columns; ``functional.grassmann`` and the heads keep its transpose. A point x is one basis of many: the manifold is the
-Stiefel manifold up to the right action x -> x O of orthogonal O (k, k), and a tangent vector u at x is horizontal,
-x^T u = 0, and turns along: u -> u O. Every method commutes with that action.
+Shapes: n ambient dimensions, k dimensions of a subspace. As everywhere in geoopt a point is (..., n, k) with
+orthonormal columns; ``functional.grassmann`` and the heads keep its transpose. A point x is one basis of many: the
+manifold is the Stiefel manifold up to the right action x -> x O of orthogonal O (k, k), and a tangent vector u at x is
+horizontal, x^T u = 0, and turns along: u -> u O. The methods commute with that action, ``retr`` as a subspace.
 """
 
 import math
 
 import torch
-from geoopt.manifolds.base import Manifold, ScalingInfo
+from geoopt.manifolds.base import Manifold
 from geoopt.tensor import ManifoldTensor
 from geoopt.utils import size2shape
 from torch import Tensor
@@ -24,7 +24,9 @@ class Grassmann(Manifold):  # type: ignore[misc]  # geoopt is not typed
     r"""Subspaces, with the metric :math:`\langle u, v \rangle = \mathrm{tr}(u^T v)` on horizontal vectors.
 
     Exponential map, logarithm and parallel transport are exact. Moves keep the gauge of the basis (no column changes
-    sign or place), so that what an optimizer remembers beside it stays aligned.
+    sign or place), so that what an optimizer remembers beside it stays aligned. Of a vector that should be tangent and
+    is not, the tangent part is taken: the first momentum buffer of geoopt's ``RiemannianSGD`` is a raw gradient. In
+    float32 or float64.
     Source: Edelman, Arias, Smith, SIAM J. Matrix Anal. Appl. 20 (1998); the logarithm by aligning the bases first:
     Bendokat, Zimmermann, Absil, "A Grassmann manifold handbook", Adv. Comput. Math. 50 (2024).
 
@@ -39,7 +41,6 @@ class Grassmann(Manifold):  # type: ignore[misc]  # geoopt is not typed
     name = "Grassmann"
     ndim = 2
     reversible = False
-    __scaling__ = Manifold.__scaling__.copy()
 
     def _check_shape(self, shape: tuple[int, ...], name: str) -> tuple[bool, str | None]:
         ok, reason = super()._check_shape(shape, name)
@@ -78,32 +79,29 @@ class Grassmann(Manifold):  # type: ignore[misc]  # geoopt is not typed
     def inner(self, x: Tensor, u: Tensor, v: Tensor | None = None, *, keepdim: bool = False) -> Tensor:
         return (u * (u if v is None else v)).sum((-2, -1), keepdim=keepdim)
 
-    @__scaling__(ScalingInfo(u=-1))
     def retr(self, x: Tensor, u: Tensor) -> Tensor:
-        """Second-order retraction: the Q of ``x + u``, with the signs that keep the columns where they are."""
+        """Second-order retraction: the Q factor of ``x + u``, with the signs that keep the columns where they are."""
         q, r = torch.linalg.qr(x + u)
         sign = torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(q.dtype)
         return (q * sign.unsqueeze(-2)).contiguous()
 
-    @__scaling__(ScalingInfo(u=-1))
     def expmap(self, x: Tensor, u: Tensor) -> Tensor:
+        u = self.proju(x, u)
         cos, sinc = self._cos_and_sinc(u.mT @ u)
         return x @ cos + u @ sinc
 
-    @__scaling__(ScalingInfo(u=-1))
     def transp_follow_expmap(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
-        """Parallel transport of a tangent ``v`` along the geodesic of ``u``, however long, to ``expmap(x, u)``."""
+        """Parallel transport of ``v`` along the geodesic of ``u``, however long, to ``expmap(x, u)``."""
+        u, v = self.proju(x, u), self.proju(x, v)
         h = u.mT @ u
         _, sinc = self._cos_and_sinc(h)
         _, half_sinc = self._cos_and_sinc(h / 4)
         # With u = U sigma R^T: v + (U (cos - 1) - x R sin) U^T v, and (1 - cos t) / t^2 = sinc(t / 2)^2 / 2.
         return v - (x @ sinc + u @ (half_sinc @ half_sinc) / 2) @ (u.mT @ v)
 
-    @__scaling__(ScalingInfo(u=-1))
     def expmap_transp(self, x: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return self.expmap(x, u), self.transp_follow_expmap(x, u, v)
 
-    @__scaling__(ScalingInfo(u=-1))
     def logmap(self, x: Tensor, y: Tensor) -> Tensor:
         """Shortest tangent vector that leads from x to the subspace of y; its norm is the distance.
 
@@ -122,8 +120,7 @@ class Grassmann(Manifold):  # type: ignore[misc]  # geoopt is not typed
 
         With z = y W the basis of the subspace of y nearest to x, the transport to z is
         :math:`v - (x + z)(I + x^T z)^{-1} z^T v`, the formula of the sphere with matrices for numbers; right
-        multiplication by :math:`W^T` brings it to y. Lengths and angles stay; of a v that is not tangent (geoopt's
-        first momentum buffer is a raw gradient) the tangent part is taken.
+        multiplication by :math:`W^T` brings it to y. Lengths and angles stay.
         """
         align, _, _ = self._alignment(x, y)
         z, v = y @ align, self.proju(x, v)

@@ -158,10 +158,20 @@ def test_transport_carries_the_velocity_of_the_geodesic_to_its_end():
     close(MANIFOLD.transp(x, y, MANIFOLD.logmap(x, y)), -MANIFOLD.logmap(y, x))
 
 
-def test_transport_takes_the_tangent_part_of_what_is_not_tangent():
+def test_tangent_part_is_taken_of_what_is_not_tangent():
     x, y = point(5), point(5, seed=5)
-    v = tangent(x)
+    u, v = tangent(x), tangent(x, seed=2)
     close(MANIFOLD.transp(x, y, v + 3 * x), MANIFOLD.transp(x, y, v))
+    close(MANIFOLD.expmap(x, u + 3 * x), MANIFOLD.expmap(x, u))
+    close(MANIFOLD.transp_follow_expmap(x, u + 3 * x, v - x), MANIFOLD.transp_follow_expmap(x, u, v))
+
+
+def test_scaled_by_geoopt_distances_scale_and_maps_stay_inverse():
+    scaled, x = geoopt.Scaled(MANIFOLD, scale=2.0), point(4)
+    u = tangent(x, 0.9)
+    y = scaled.expmap(x, u)
+    close(scaled.dist(x, y), 2 * MANIFOLD.dist(x, y))
+    close(scaled.logmap(x, y), u)
 
 
 @pytest.mark.parametrize("length", [1e-8, 0.6, 1.5, 9.0])  # the last beyond the injectivity radius

@@ -1,0 +1,70 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from lightning.pytorch.cli import LightningCLI
+
+from lightning_feat.__main__ import find_recipe, main, recipe_folder, with_recipes
+
+RECIPES = sorted(
+    path.relative_to(recipe_folder()).with_suffix("").as_posix() for path in recipe_folder().rglob("*.yaml")
+)
+
+
+@pytest.mark.parametrize("name", ["quickstart", "quickstart.yaml", "recipes/quickstart.yaml", "recipes/quickstart"])
+def test_a_recipe_is_found_by_name(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert Path(find_recipe(name)).samefile(recipe_folder() / "quickstart.yaml")
+
+
+def test_a_file_comes_before_a_recipe_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("quickstart").write_text("{}")
+    assert find_recipe("quickstart") == "quickstart"
+
+
+def test_an_unknown_recipe_is_answered_with_the_list():
+    with pytest.raises(ValueError, match=r"no recipe of that name; the recipes are: .*quickstart"):
+        find_recipe("quickstrat")
+    with pytest.raises(SystemExit, match="lightning-feat: there is no file 'quickstrat'"):
+        main(["fit", "--config", "quickstrat"])
+
+
+def test_only_the_values_of_config_are_replaced():
+    path = str(recipe_folder() / "quickstart.yaml")
+    given = ["fit", "--config", "quickstart", "--trainer.max_epochs", "3", "--config=quickstart"]
+    assert with_recipes(given) == ["fit", "--config", path, "--trainer.max_epochs", "3", f"--config={path}"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_runs_for_a_moment(recipe, tmp_path):
+    command = [sys.executable, "-m", "lightning_feat", "fit", "--config", recipe, "--trainer.fast_dev_run", "true"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_parses_and_prints_its_config(recipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lightning-feat", "fit", "--config", recipe, "--print_config"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 0
+    assert "class_path: lightning_feat" in capsys.readouterr().out
+
+
+def test_without_jsonargparse_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "jsonargparse", None)
+    with pytest.raises(SystemExit, match=r'pip install "lightning-feat\[recipes\]"'):
+        main(["fit"])
+
+
+def test_it_is_lightning_cli(monkeypatch):
+    seen = []
+    monkeypatch.setattr(LightningCLI, "__init__", lambda self, args=None: seen.append(args))
+    main(["validate", "--config", "quickstart"])
+    assert seen == [["validate", "--config", str(recipe_folder() / "quickstart.yaml")]]
