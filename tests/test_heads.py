@@ -70,3 +70,11 @@ def test_a_layer_is_replaced_wherever_it_is_registered():
     new = nn.Linear(8, 3)
     replace_layer(module, old, new)
     assert module.alias is module.net.fc is new
+
+
+@pytest.mark.parametrize(
+    ("model", "name"), [("resnet18", "fc"), ("vgg11", "classifier.6"), ("mobilenet_v3_small", "classifier.3")]
+)
+def test_torchvision_models(model, name):
+    network = pytest.importorskip("torchvision").models.get_model(model, num_classes=3)
+    assert find_classifier(Holder(net=network))[0] == f"net.{name}"

@@ -46,7 +46,8 @@ class GrassmannHead(Callback):
             ``optim.follow_subspaces``.
         lr_factor: multiplies the step of the subspaces alone.
         lr: peak learning rate of the ``momentum`` rule.
-        momentum: of the ``momentum`` rule.
+        momentum: of the ``momentum`` and ``adam`` rules.
+        second_momentum: of the ``adam`` rule.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class GrassmannHead(Callback):
         lr_factor: float = 1.0,
         lr: float = 0.1,
         momentum: float = 0.9,
+        second_momentum: float = 0.999,
     ) -> None:
         if subspace_dim < 1:
             raise ValueError(f"subspace_dim={subspace_dim} must be at least 1; the paper uses 8.")
@@ -69,6 +71,7 @@ class GrassmannHead(Callback):
             "lr_factor": lr_factor,
             "lr": lr,
             "momentum": momentum,
+            "second_momentum": second_momentum,
         }
         self.steps: dict[Optimizer, SubspaceStep] = {}
         self._batches_to_watch = 0

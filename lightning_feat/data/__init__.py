@@ -1,6 +1,14 @@
 """Data sets and datamodules. They use nothing else of this library, and any ``LightningModule`` can train on them."""
 
 from lightning_feat.data.digits import DigitsDataModule
+from lightning_feat.data.elpv import ElpvDataModule
+from lightning_feat.data.image_folder import ImageFolderDataModule, write_example_folder
 from lightning_feat.data.indexed import IndexedDataset
 
-__all__ = ["DigitsDataModule", "IndexedDataset"]
+__all__ = [
+    "DigitsDataModule",
+    "ElpvDataModule",
+    "ImageFolderDataModule",
+    "IndexedDataset",
+    "write_example_folder",
+]

@@ -8,18 +8,18 @@ rules:
 the Riemannian
   SGD of the paper (Wang, Li, Zhang, ICCV 2023, arXiv 2308.01547), whose momentum buffer is Euclidean and projected at
   the step.
-* ``momentum``: the geodesic follows a momentum SGD of our own, :math:`b \leftarrow \mu b + g,\ \Delta = - \eta b`,
-and what the
-  optimizer made of the basis is dropped. It is what the paper does beside AdamW and LAMB: an elementwise second
-  moment is not invariant to the choice of basis, and turns every subspace by about the learning rate whatever the
-  gradient.
+* ``momentum``: the geodesic follows a momentum SGD of our own, and what the optimizer made of the basis is dropped.
+It is what the
+  paper does beside AdamW and LAMB: an elementwise second moment is not invariant to the choice of basis, and turns
+  every subspace by about the learning rate whatever the gradient.
+* ``adam``: likewise, with one second moment for each class, which is invariant; see ``optim.subspace_rules``.
 
 No weight decay acts on a subspace. Decoupled decay moves a basis inside its own subspace, which is no move; coupled
 decay would enter the buffers, so the optimizer is handed the gradient minus the decay that it will add.
 """
 
-from collections.abc import Iterable
-from typing import Any, Literal, TypeAlias
+from collections.abc import Sequence
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
@@ -27,10 +27,11 @@ from torch.optim import Optimizer
 
 from lightning_feat.functional.grassmann import geodesic_
 from lightning_feat.layers.grassmann import GrassmannLinear, local_part
+from lightning_feat.optim.subspace_rules import move_by_adam, move_by_momentum
 
-Update: TypeAlias = Literal["auto", "displacement", "momentum"]
+Update: TypeAlias = Literal["auto", "displacement", "momentum", "adam"]
 
-_BUFFER = "subspace_momentum"
+_BUFFER, _SQUARES, _STEPS = "subspace_momentum", "subspace_squares", "subspace_steps"
 _COUPLED = ("SGD", "Adam", "NAdam", "RAdam", "Adamax", "Adagrad", "Adadelta", "ASGD", "RMSprop", "RMSpropTF")
 # Their state holds weights, not gradients, or they evaluate the loss inside the step, at points that are off the
 # manifold.
@@ -47,17 +48,19 @@ class SubspaceStep:
     def __init__(
         self,
         optimizer: Optimizer,
-        bases: Iterable[nn.Parameter],
+        heads: Sequence[GrassmannLinear],
         update: Update,
         lr_factor: float,
         lr: float,
         momentum: float,
+        second_momentum: float,
     ) -> None:
         self.optimizer = optimizer
-        self.lr_factor, self.lr, self.momentum = lr_factor, lr, momentum
+        self.lr_factor, self.lr = lr_factor, lr
+        self.momentum, self.second_momentum = momentum, second_momentum
         self.update = _choose(update, optimizer)
         self.steps = 0
-        self._bases = set(bases)
+        self._heads = list(heads)  # and not their parameters: a move or a sharding may replace these
         self._peak = {id(group): group["lr"] for group in optimizer.param_groups}
         self._start: dict[nn.Parameter, Tensor] = {}
         self._between = False  # a step has begun and not ended
@@ -84,22 +87,19 @@ class SubspaceStep:
         self._start.clear()
 
     def _held(self) -> list[tuple[nn.Parameter, dict[str, Any]]]:
-        groups = self.optimizer.param_groups
-        return [(p, group) for group in groups for p in group["params"] if p in self._bases and p.requires_grad]
+        bases = {head.basis for head in self._heads if head.basis.requires_grad}
+        return [(p, group) for group in self.optimizer.param_groups for p in group["params"] if p in bases]
 
     @torch.no_grad()
     def _before(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         for basis, _group in self._held():
             local = local_part(basis)
-            if (
-                basis not in self._start
-                or self._start[basis].shape != local.shape
-                or self._start[basis].device != local.device
-            ):
-                self._start[basis] = torch.empty_like(local, memory_format=torch.contiguous_format)
-            self._start[basis].copy_(local)
+            start = self._start.get(basis)
+            if start is None or (start.shape, start.dtype, start.device) != (local.shape, local.dtype, local.device):
+                start = self._start[basis] = torch.empty_like(local, memory_format=torch.contiguous_format)
+            start.copy_(local)
         self._between = True
-        if self.update == "momentum" or not any(_coupled_decay(self.optimizer, group) for _, group in self._held()):
+        if self.update != "displacement" or not any(_coupled_decay(self.optimizer, group) for _, group in self._held()):
             return None
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
@@ -115,9 +115,8 @@ class SubspaceStep:
         return (args[0],), {**kwargs, "closure": without_decay}
 
     def _take_decay_out(self) -> None:
-        scale = getattr(
-            self.optimizer, "grad_scale", None
-        )  # of a fused optimizer under fp16, which unscales inside its step
+        # Under fp16 a fused optimizer unscales inside its step.
+        scale = getattr(self.optimizer, "grad_scale", None)
         for basis, group in self._held():
             decay = _coupled_decay(self.optimizer, group)
             if decay and basis.grad is not None:
@@ -135,21 +134,28 @@ class SubspaceStep:
             if self.update == "displacement":
                 geodesic_(moved, start, factor=self.lr_factor)
             elif basis.grad is not None:
-                self._momentum_step(basis, moved, start, group)
+                self._own_step(basis, moved, start, group)
         self._between = False
         self.steps += 1
 
-    def _momentum_step(self, basis: nn.Parameter, moved: Tensor, start: Tensor, group: dict[str, Any]) -> None:
+    def _own_step(self, basis: nn.Parameter, moved: Tensor, start: Tensor, group: dict[str, Any]) -> None:
         gradient = local_part(basis.grad).to(moved.dtype)  # type: ignore[arg-type]
         state = self.optimizer.state[basis]  # the optimizer's own, so that it is saved and restored with the rest
+        rate = self.lr * self.lr_factor * float(group["lr"]) / self._peak_rate(group)
+        # A fused optimizer is called also where fp16 gradients are infinite, and skips the step inside its kernel.
+        skipped = getattr(self.optimizer, "found_inf", None)
         if _BUFFER not in state:
             state[_BUFFER] = torch.zeros_like(basis)
         buffer = local_part(state[_BUFFER])
-        # A fused optimizer skips an fp16 step with infinite gradients inside its kernel and leaves the basis as it was.
-        stepped = (moved != start).any()
-        buffer.copy_(torch.where(stepped, gradient.add(buffer, alpha=self.momentum), buffer))
-        rate = self.lr * self.lr_factor * float(group["lr"]) / self._peak_rate(group)
-        moved.copy_(torch.where(stepped, torch.sub(start, buffer, alpha=rate), start))
+        if self.update == "momentum":
+            move_by_momentum(moved, start, gradient, buffer, rate, self.momentum, skipped)
+        else:
+            if _SQUARES not in state:
+                state[_SQUARES] = torch.zeros_like(basis).sum((1, 2))
+                state[_STEPS] = torch.zeros((), dtype=basis.dtype, device=basis.device)
+            squares, steps = local_part(state[_SQUARES]), state[_STEPS]
+            moments = self.momentum, self.second_momentum
+            move_by_adam(moved, start, gradient, buffer, squares, steps, rate, *moments, skipped)
         geodesic_(moved, start)
 
     def _peak_rate(self, group: dict[str, Any]) -> float:
@@ -164,6 +170,7 @@ def follow_subspaces(
     lr_factor: float = 1.0,
     lr: float = 0.1,
     momentum: float = 0.9,
+    second_momentum: float = 0.999,
 ) -> SubspaceStep:
     """Make ``optimizer`` leave the class subspaces of every ``GrassmannLinear`` in ``module`` on their manifold.
 
@@ -178,7 +185,8 @@ def follow_subspaces(
         lr: peak learning rate of the ``momentum`` rule, 0.1 in the paper (0.3 beside LAMB). It follows the shape of
             the group's schedule: its highest rate is taken from ``max_lr`` or ``initial_lr``, which schedulers set,
             or is that at this call.
-        momentum: of the ``momentum`` rule.
+        momentum: of the ``momentum`` and ``adam`` rules.
+        second_momentum: of the ``adam`` rule, for the squared length of the gradient of each class.
 
     Raises:
         ValueError: if the optimizer is known to be one that cannot be followed, or a number is out of range.
@@ -190,15 +198,17 @@ def follow_subspaces(
                 "a step, or averages "
                 "them in its state. Use SGD, AdamW, LAMB or another optimizer whose state holds gradients."
             )
-    if update not in ("auto", "displacement", "momentum"):
-        raise ValueError(f"update={update!r}: choose 'auto', 'displacement' or 'momentum'.")
-    if lr_factor < 0 or lr < 0 or not 0 <= momentum < 1:
-        raise ValueError(f"need lr_factor >= 0, lr >= 0 and 0 <= momentum < 1, got {lr_factor}, {lr}, {momentum}.")
-    bases = [part.basis for part in module.modules() if isinstance(part, GrassmannLinear)]
-    return SubspaceStep(optimizer, bases, update, lr_factor, lr, momentum)
+    if update not in get_args(Update):
+        raise ValueError(f"update={update!r}: choose one of {', '.join(get_args(Update))}.")
+    if lr_factor < 0 or lr < 0:
+        raise ValueError(f"need lr_factor >= 0 and lr >= 0, got {lr_factor} and {lr}.")
+    if not 0 <= momentum < 1 or not 0 <= second_momentum < 1:
+        raise ValueError(f"need momentum and second_momentum in [0, 1), got {momentum} and {second_momentum}.")
+    heads = [part for part in module.modules() if isinstance(part, GrassmannLinear)]
+    return SubspaceStep(optimizer, heads, update, lr_factor, lr, momentum, second_momentum)
 
 
-def _choose(update: Update, optimizer: Optimizer) -> Literal["displacement", "momentum"]:
+def _choose(update: Update, optimizer: Optimizer) -> Literal["displacement", "momentum", "adam"]:
     if update != "auto":
         return update
     return "displacement" if isinstance(optimizer, torch.optim.SGD) else "momentum"

@@ -51,6 +51,12 @@ def test_measures_of_means_and_classifier(golden, sums):
     close(nc.bias_duality(weight, bias, nc.feature_mean(sums, "samples")), golden["bias_duality_sample_mean"])
 
 
+def test_the_collection_names_both_bias_dualities_rightly(golden, sums):
+    values = nc.collapse_measures(sums, weight=golden["weight"], bias=golden["bias"], global_mean="samples")
+    close(values["bias_duality_classes"], golden["bias_duality_class_mean"])
+    close(values["bias_duality_samples"], golden["bias_duality_sample_mean"])
+
+
 def test_decisions_without_bias(golden, sums):
     logits = golden["features"] @ golden["weight"].T  # the published variant leaves out the bias
     residuals = nc.center_sums(golden["features"], golden["labels"], logits, nc.class_centers(sums))

@@ -39,7 +39,7 @@ def test_lines_of_a_simplex_with_as_many_classes_as_fit_reach_the_bound():
 def test_orthogonal_subspaces_are_spread_as_far_as_can_be():
     basis = torch.eye(8).reshape(4, 2, 8)
     assert nc.nc2_subspace_spread(basis) == 1
-    assert nc.nc2_subspace_spread(basis[..., :6][:3]) == 1
+    assert nc.nc2_subspace_spread(basis[:3]) == 1  # with room to spare, where the simplex bound is out of reach
     assert nc.nc2_subspace_chordal_cv(basis) == 0
 
 

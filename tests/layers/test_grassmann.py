@@ -162,3 +162,15 @@ def test_copies_are_heads():
     module = head()
     assert torch.equal(copy.deepcopy(module).basis, module.basis)
     assert "12, num_classes=5, subspace_dim=3, scale=25" in repr(module)
+
+
+def test_onnx_gives_the_same_logits(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    from onnx.reference import ReferenceEvaluator
+
+    module, features = head().eval(), torch.randn(4, 12)
+    torch.onnx.export(module, (features,), tmp_path / "head.onnx", dynamo=True, verbose=False, optimize=False)
+    model = onnx.load(tmp_path / "head.onnx")
+    (logits,) = ReferenceEvaluator(model).run(None, {model.graph.input[0].name: features.numpy()})
+    torch.testing.assert_close(torch.tensor(logits), module(features).detach())

@@ -148,6 +148,14 @@ def test_the_classifier_is_seen_as_it_is_at_compute_and_never_becomes_a_paramete
     assert metric.compute()["nc0"] == C**2 * D
 
 
+def test_compute_takes_up_what_changed_without_an_update():
+    metric = NeuralCollapse(C, D)
+    metric.update(*batch())
+    assert "nc0" not in metric.compute()
+    metric.set_classifier(torch.ones(C, D))
+    assert metric.compute()["nc0"] == C**2 * D
+
+
 def test_grassmann_basis():
     basis = torch.linalg.qr(torch.randn(C, D, 2))[0].mT
     metric = NeuralCollapse(C, D)

@@ -9,7 +9,7 @@ import timm.optim
 import torch
 from torch import nn
 
-from lightning_feat.functional.grassmann import orthonormality_error, random_basis
+from lightning_feat.functional.grassmann import geodesic_distance, orthonormality_error, random_basis
 from lightning_feat.layers import GrassmannLinear
 from lightning_feat.optim import follow_subspaces
 
@@ -87,7 +87,7 @@ OPTIMIZERS = [
 ]
 
 
-@pytest.mark.parametrize("update", ["auto", "displacement", "momentum"])
+@pytest.mark.parametrize("update", ["displacement", "momentum", "adam"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_stays_on_the_manifold_moves_and_is_saved(name, update):
     model = Model()
@@ -277,3 +277,75 @@ def test_a_thousand_float32_steps_stay_orthonormal(name):
         basis.grad = torch.randn_like(basis)
         optimizer.step()
     assert orthonormality_error(basis.detach()).max() < 1e-5
+
+
+@pytest.mark.parametrize("update", ["momentum", "adam"])
+def test_our_own_rules_do_not_depend_on_the_basis(update):
+    torch.manual_seed(4)
+    rotation = torch.linalg.qr(torch.randn(5, 3, 3, dtype=torch.float64)).Q
+    gradients = torch.randn(4, 5, 3, 12, dtype=torch.float64)
+    ends = []
+    for turn in (torch.eye(3, dtype=torch.float64).expand(5, 3, 3), rotation):
+        head = Model().double().head
+        with torch.no_grad():
+            head.basis.copy_(turn @ head.basis)
+        optimizer = torch.optim.AdamW(head.parameters(), lr=0.01)
+        follow_subspaces(optimizer, head, update=update)
+        for gradient in gradients:
+            head.basis.grad = turn @ gradient
+            optimizer.step()
+        ends.append(projectors(head.basis))
+    torch.testing.assert_close(*ends, rtol=0, atol=1e-12)
+
+
+def test_elementwise_adam_depends_on_the_basis():
+    """Why its displacement is not the default: the same subspaces and gradients end elsewhere in other coordinates."""
+    torch.manual_seed(4)
+    rotation = torch.linalg.qr(torch.randn(5, 3, 3, dtype=torch.float64)).Q
+    gradient = torch.randn(5, 3, 12, dtype=torch.float64)
+    ends = []
+    for turn in (torch.eye(3, dtype=torch.float64).expand(5, 3, 3), rotation):
+        head = Model().double().head
+        with torch.no_grad():
+            head.basis.copy_(turn @ head.basis)
+        optimizer = torch.optim.AdamW(head.parameters(), lr=0.1)
+        follow_subspaces(optimizer, head, update="displacement")
+        head.basis.grad = turn @ gradient
+        optimizer.step()
+        ends.append(projectors(head.basis))
+    assert (ends[0] - ends[1]).abs().max() > 1e-2
+
+
+def test_the_adam_rule_moves_each_class_by_its_rate_while_gradients_point_one_way():
+    head = Model().double().head
+    start = head.basis.detach().clone()
+    optimizer = torch.optim.AdamW(head.parameters(), lr=1.0)
+    follow_subspaces(optimizer, head, update="adam", lr=0.01)
+    head.basis.grad = torch.randn_like(head.basis) * torch.logspace(-3, 3, 5, dtype=torch.float64)[:, None, None]
+    optimizer.step()
+    # the first step of Adam has the length of the rate, whatever that of the gradient (but for epsilon)
+    torch.testing.assert_close(
+        geodesic_distance(start, head.basis.detach()), torch.full((5,), 0.01).double(), rtol=1e-4, atol=0
+    )
+
+
+def test_the_adam_rule_is_its_definition():
+    torch.manual_seed(5)
+    head = Model().double().head
+    head.project_(tolerance=0.0)  # it was drawn in float32
+    x = head.basis.detach().clone()
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.5)
+    follow_subspaces(optimizer, head, update="adam", lr=0.2, momentum=0.8, second_momentum=0.9)
+    m, v = torch.zeros_like(x), torch.zeros(5, dtype=x.dtype)
+    for t in range(1, 5):
+        gradient = torch.randn_like(x)
+        head.basis.grad = gradient.clone()
+        optimizer.step()
+        tangent = gradient - gradient @ x.mT @ x
+        m = 0.8 * m + 0.2 * tangent
+        v = 0.9 * v + 0.1 * tangent.square().sum((1, 2))
+        step = -0.2 * (m / (1 - 0.8**t)) / ((v / (1 - 0.9**t)).sqrt() + 1e-8)[:, None, None]
+        step = step - step @ x.mT @ x
+        w, s, uh = torch.linalg.svd(step, full_matrices=False)  # the geodesic of the paper, by singular values
+        x = w @ torch.diag_embed(s.cos()) @ w.mT @ x + w @ torch.diag_embed(s.sin()) @ uh
+        torch.testing.assert_close(projectors(head.basis), projectors(x), rtol=0, atol=1e-10)
