@@ -11,8 +11,10 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 from helpers import Plain, points, trainer
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -60,6 +62,24 @@ class BuiltAdaptive(Built):
         return torch.optim.AdamW(self.parameters(), lr=0.01)
 
 
+class Sharded(Built):
+    """Shards itself as users of FSDP2 do."""
+
+    def configure_model(self):
+        if not isinstance(self.net.body[0].weight, DTensor):
+            mesh = self.device_mesh["data_parallel"]
+            fully_shard(self.net.fc, mesh=mesh)
+            fully_shard(self.net, mesh=mesh)
+
+
+class ShardedPlain(Sharded):
+    """With a classifier that is to be replaced."""
+
+    def __init__(self):
+        super().__init__()
+        self.net.fc = nn.Linear(8, 3)
+
+
 class WithTerm(Momentum):
     """The term of ``FeatureRegularizer(Center(), ..., weight=0.3)`` written by hand."""
 
@@ -72,22 +92,23 @@ class WithTerm(Momentum):
         return cross_entropy(self.net.fc(features), batch[1]) + 0.3 * self.term(features)
 
 
-def data(world: int, rank: int) -> DataLoader:
+def data(world: int) -> DataLoader:
     """Batches of the pair that, taken together, are the batches of one process."""
     points_ = points(SAMPLES)
     if world == 1:
         return DataLoader(points_, batch_size=16)
+    rank = int(os.environ["LOCAL_RANK"])
     return DataLoader(points_, batch_size=8, sampler=DistributedSampler(points_, world, rank, shuffle=False))
 
 
-def fit(module, callbacks, world, rank, shuffle=False, **kwargs):
+def fit(module, callbacks, world, shuffle=False, ckpt_path=None, **kwargs):
     pl.seed_everything(0)
     module = module()
     two = {"strategy": DDPStrategy(process_group_backend="gloo"), "devices": 2, "use_distributed_sampler": shuffle}
     with tempfile.TemporaryDirectory() as root:
         run = trainer(Path(root), callbacks=callbacks, **{"max_epochs": 2, **(two if world == 2 else {}), **kwargs})
-        loader = DataLoader(points(43), batch_size=8, shuffle=True) if shuffle else data(world, rank)
-        run.fit(module, loader)
+        loader = DataLoader(points(43), batch_size=8, shuffle=True) if shuffle else data(world)
+        run.fit(module, loader, ckpt_path=ckpt_path)
     return run, module
 
 
@@ -95,52 +116,76 @@ def flat(module):
     return torch.cat([p.detach().flatten() for p in module.parameters()]).double().tolist()
 
 
-def by_hand(world, rank):
-    _, module = fit(WithTerm, [], world, rank)
+def by_hand(world):
+    _, module = fit(WithTerm, [], world)
     return flat(module)
 
 
-def term(world, rank):
+def term(world):
     center = Center()
-    _, module = fit(Momentum, [FeatureRegularizer(center, "center", weight=0.3)], world, rank)
+    _, module = fit(Momentum, [FeatureRegularizer(center, "center", weight=0.3)], world)
     return flat(module) + center.center.tolist()
 
 
-def term_now_and_then(world, rank):
+def term_now_and_then(world):
     center = OneClass()
     weight = WeightSchedule(0.3, every_n_batches=2)
-    _, module = fit(Momentum, [FeatureRegularizer(center, "center", weight=weight)], world, rank)
+    _, module = fit(Momentum, [FeatureRegularizer(center, "center", weight=weight)], world)
     return flat(module) + center.center.tolist()
 
 
-def grassmann(world, rank):
-    _, module = fit(Momentum, [GrassmannHead(2)], world, rank)
+def grassmann(world):
+    _, module = fit(Momentum, [GrassmannHead(2)], world)
     return [float(orthonormality_error(module.net.fc.basis.detach()).max()), *flat(module)]
 
 
-def grassmann_built(world, rank):
-    _, module = fit(Built, [GrassmannHead()], world, rank)
+def grassmann_built(world):
+    _, module = fit(Built, [GrassmannHead()], world)
     return [float(orthonormality_error(module.net.fc.basis.detach()).max()), *flat(module)]
 
 
-def grassmann_adaptive(world, rank):
-    _, module = fit(BuiltAdaptive, [GrassmannHead(2)], world, rank)
+def sharded(module, callback, save=None, **kwargs):
+    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
+    run, module = fit(module, [callback], 2, strategy=strategy, **kwargs)
+    if save is not None:
+        run.save_checkpoint(save)
+    parameters = [p.detach() for p in module.parameters()]
+    full = [p.full_tensor() if isinstance(p, DTensor) else p for p in parameters]
+    return [float(orthonormality_error(full[-1]).max()), *torch.cat([p.flatten() for p in full]).double().tolist()]
+
+
+def fsdp2(world):
+    return sharded(Sharded, GrassmannHead())
+
+
+def fsdp2_swap(world):
+    return sharded(ShardedPlain, GrassmannHead(2, layer="net.fc"))
+
+
+def fsdp2_resume(world):
+    path = Path(sys.argv[1]).parent / "sharded.ckpt"
+    sharded(Sharded, GrassmannHead(), save=path, max_epochs=1)
+    return sharded(Sharded, GrassmannHead(), ckpt_path=path)
+
+
+def grassmann_adaptive(world):
+    _, module = fit(BuiltAdaptive, [GrassmannHead(2)], world)
     return [float(orthonormality_error(module.net.fc.basis.detach()).max()), *flat(module)]
 
 
-def collapse(world, rank, mode):
+def collapse(world, mode):
     monitor = NeuralCollapseMonitor(mode=mode, measures=["*"])
     module = lambda: Plain(lr=0.0)  # noqa: E731  # the same weights on both sides
-    run, _ = fit(module, [monitor], world, rank, shuffle=True)
+    run, _ = fit(module, [monitor], world, shuffle=True)
     return {name: float(value) for name, value in run.callback_metrics.items() if "collapse" in name}
 
 
-def collapse_online(world, rank):
-    return collapse(world, rank, "online")
+def collapse_online(world):
+    return collapse(world, "online")
 
 
-def collapse_exact(world, rank):
-    return collapse(world, rank, "exact")
+def collapse_exact(world):
+    return collapse(world, "exact")
 
 
 CASES = [
@@ -152,16 +197,19 @@ CASES = [
     grassmann_adaptive,
     collapse_online,
     collapse_exact,
+    fsdp2,
+    fsdp2_swap,
+    fsdp2_resume,
 ]
 
 
-def main(world: int, rank: int, out: Path) -> None:
+def main(out: Path) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     results = {}
     for case in CASES:
         try:
-            results[case.__name__] = case(world, rank)
+            results[case.__name__] = case(2)
         except BaseException:
             results[case.__name__] = traceback.format_exc()
             break  # the other process may be anywhere
@@ -169,4 +217,4 @@ def main(world: int, rank: int, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(2, int(os.environ["LOCAL_RANK"]), Path(sys.argv[1]))
+    main(Path(sys.argv[1]))

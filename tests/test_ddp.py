@@ -48,10 +48,12 @@ def of(pair, name):
 
 
 def one_process(name):
-    return getattr(ddp_cases, name)(1, 0)
+    return getattr(ddp_cases, name)(1)
 
 
-@pytest.mark.parametrize("name", ["term", "term_now_and_then", "grassmann", "grassmann_built", "grassmann_adaptive"])
+@pytest.mark.parametrize(
+    "name", ["term", "term_now_and_then", "grassmann", "grassmann_adaptive", "fsdp2", "fsdp2_swap"]
+)
 def test_both_processes_end_bit_for_bit_alike(pair, name):
     first, second = of(pair, name)
     assert first == second
@@ -81,3 +83,15 @@ def test_collapse_is_that_of_one_process_and_no_sample_counts_twice(pair, name):
     for measure, value in alone.items():  # logged in float32
         assert first[measure] == pytest.approx(value, rel=1e-5, abs=1e-6), measure
         assert math.isfinite(value), measure
+
+
+def test_under_fsdp2_each_process_steps_its_own_classes_and_together_they_are_ddp(pair):
+    assert of(pair, "fsdp2")[0] == pytest.approx(of(pair, "grassmann_built")[0], rel=1e-5, abs=1e-6)
+
+
+def test_a_head_put_in_before_the_user_shards_is_sharded_and_stays_on_the_manifold(pair):
+    assert of(pair, "fsdp2_swap")[0][0] < 1e-5
+
+
+def test_a_sharded_run_resumes_where_it_was(pair):
+    assert of(pair, "fsdp2_resume")[0] == pytest.approx(of(pair, "fsdp2")[0], rel=1e-5, abs=1e-6)

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_feat.data.digits import by_hash
 
 # Mean and standard deviation of the pixels of all 2,624 photographs, scaled from [0, 255] to [0, 1].
-PIXEL_MEAN, PIXEL_STD = 0.0, 1.0
+PIXEL_MEAN, PIXEL_STD = 0.59675, 0.16062
 
 
 class ElpvDataModule(LightningDataModule):

@@ -195,7 +195,7 @@ def random_basis(
     q_CDk, r_Ckk = torch.linalg.qr(normal_CDk)
     # The signs that QR picks are not random; with a positive diagonal of R the basis is uniform too. QR gives columns
     # in memory, which safetensors refuses to save.
-    basis: Tensor = (q_CDk * r_Ckk.diagonal(dim1=1, dim2=2).sign()[:, None]).mT
+    basis: Tensor = (q_CDk * r_Ckk.diagonal(dim1=1, dim2=2).sign()[:, None]).mT.contiguous()
     return basis
 
 
