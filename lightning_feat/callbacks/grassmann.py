@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -48,6 +49,8 @@ class GrassmannHead(Callback):
         lr: peak learning rate of the ``momentum`` rule.
         momentum: of the ``momentum`` and ``adam`` rules.
         second_momentum: of the ``adam`` rule.
+        fresh_head: let a checkpoint with a linear classifier load: the rest comes from it, the subspaces stay as they
+            were drawn, and the optimizer starts anew. Else such a checkpoint is an error.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class GrassmannHead(Callback):
         lr: float = 0.1,
         momentum: float = 0.9,
         second_momentum: float = 0.999,
+        fresh_head: bool = False,
     ) -> None:
         if subspace_dim < 1:
             raise ValueError(f"subspace_dim={subspace_dim} must be at least 1; the paper uses 8.")
@@ -73,6 +77,7 @@ class GrassmannHead(Callback):
             "momentum": momentum,
             "second_momentum": second_momentum,
         }
+        self.fresh_head = fresh_head
         self.steps: dict[Optimizer, SubspaceStep] = {}
         self._batches_to_watch = 0
 
@@ -84,7 +89,7 @@ class GrassmannHead(Callback):
         refuse_twin(trainer, self)
         self._refuse_strategy(trainer)
         self._refuse_order(trainer)
-        swap = _SwapHead(self.layer, self.head_options)
+        swap = _SwapHead(self.layer, self.head_options, _LinearCheckpoint(self.fresh_head))
         swap.swap_early(pl_module)
         add_link(pl_module, "configure_model", self.state_key, swap)
         if stage == "fit":
@@ -136,6 +141,13 @@ class GrassmannHead(Callback):
                 f"the averaged class subspaces of {self._label(pl_module)} were off the manifold (orthonormality error "
                 f"{error:.1e}) and have been projected.",
                 stacklevel=2,
+            )
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self.fresh_head and f"{self._label(pl_module)}.basis" not in checkpoint["state_dict"]:
+            checkpoint["optimizer_states"] = []  # its parameters are others than ours
+            rank_zero_warn(
+                f"{self._label(pl_module)} starts afresh, and so does the optimizer: both are not in the checkpoint."
             )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -227,6 +239,36 @@ class _FollowOptimizers:
         return (_FollowOptimizers, ())
 
 
+class _LinearCheckpoint:
+    """What a head that was put in does when a checkpoint has an ``nn.Linear`` in its place."""
+
+    def __init__(self, fresh: bool) -> None:
+        self.fresh = fresh
+
+    def __call__(
+        self,
+        head: nn.Module,
+        state_dict: dict[str, Any],
+        prefix: str,
+        metadata: Any,
+        strict: bool,
+        missing: list[str],
+        unexpected: list[str],
+        errors: list[str],
+    ) -> None:
+        if f"{prefix}basis" in state_dict or f"{prefix}weight" not in state_dict:
+            return
+        if not self.fresh:
+            errors.append(
+                f"the checkpoint has a linear classifier at {prefix.rstrip('.')}, this module has class subspaces "
+                "there: set "
+                "GrassmannHead(fresh_head=True) to load all but the head, or leave the callback out."
+            )
+        for name in ("weight", "bias"):
+            state_dict.pop(f"{prefix}{name}", None)
+        state_dict.update(head.state_dict(prefix=prefix))
+
+
 class _SwapHead:
     """Replaces the classifier, once, as soon as it exists: at once, or as the link around ``configure_model``.
 
@@ -235,9 +277,10 @@ class _SwapHead:
     is meant.
     """
 
-    def __init__(self, layer: str | None, options: dict[str, Any]) -> None:
+    def __init__(self, layer: str | None, options: dict[str, Any], loading: "_LinearCheckpoint") -> None:
         self.layer = layer
         self.options = options
+        self.loading = loading
 
     def __call__(self, module: LightningModule, call: Callable[..., Any]) -> None:
         call()
@@ -268,6 +311,7 @@ class _SwapHead:
                 "that it can be replaced before configure_model shards the module."
             )
         head = GrassmannLinear(old.in_features, old.out_features, device=old.weight.device, **self.options)
+        head.register_load_state_dict_pre_hook(self.loading)
         replace_layer(module, old, head.train(old.training))
         head.__dict__[_REPLACED] = tuple(old.parameters())
 

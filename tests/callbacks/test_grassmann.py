@@ -176,6 +176,20 @@ def test_a_checkpoint_is_tested_by_a_fresh_module_and_loads_into_one_built_by_ha
     assert set(torch.load(path, weights_only=True)["state_dict"]) == set(module.state_dict())
 
 
+def test_a_plain_checkpoint_gives_its_backbone_to_a_fresh_head_where_asked(tmp_path):
+    plain = seeded(Momentum)
+    fit(tmp_path, plain, max_epochs=2).save_checkpoint(path := tmp_path / "plain.ckpt")
+    with pytest.raises(RuntimeError, match=r"linear classifier at net.fc.*fresh_head=True"):
+        fit(tmp_path, seeded(Momentum), GrassmannHead(2), ckpt_path=path)
+    module = seeded(Momentum, seed=3)
+    with pytest.warns(UserWarning, match=r"net.fc starts afresh"):
+        run = fit(tmp_path, module, GrassmannHead(2, fresh_head=True), ckpt_path=path, max_epochs=2)
+    assert run.current_epoch == 2  # nothing left to train: these are the weights that were loaded
+    assert torch.equal(module.net.body[0].weight, plain.net.body[0].weight)
+    fit(tmp_path, module, GrassmannHead(2, fresh_head=True), ckpt_path=path, max_epochs=3)
+    head_of(module)
+
+
 def test_fit_validate_fit_keeps_one_head(tmp_path):
     module, callback = seeded(Momentum), GrassmannHead(2)
     fit(tmp_path, module, callback)
