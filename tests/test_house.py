@@ -19,6 +19,7 @@ BELOW = {  # what of ours each room may import
     "wraps": set(),
     "batches": set(),
     "heads": set(),
+    "head_swap": {"heads", "taps"},
     "own_parameters": set(),
     "taps": {"heads"},
     "passes": {"batches"},
@@ -26,7 +27,7 @@ BELOW = {  # what of ours each room may import
     "__main__": set(),
     "__init__": set(),
 }
-JOINTS = {"wraps", "batches", "heads", "own_parameters", "taps", "passes", "loss_terms"}
+JOINTS = {"wraps", "batches", "heads", "head_swap", "own_parameters", "taps", "passes", "loss_terms"}
 BELOW["callbacks"] = {"callbacks", "metrics", *BELOW["optim"], *JOINTS}
 BELOW["mixins"] = {"mixins", "metrics", *BELOW["optim"], *JOINTS}
 FOREIGN = {  # what of others, beside the standard library, a room may import at the top of a file

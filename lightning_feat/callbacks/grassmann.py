@@ -1,3 +1,4 @@
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -5,23 +6,20 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_feat.callbacks.twins import callbacks_of, refuse_twin
 from lightning_feat.functional.grassmann import orthonormality_error
 from lightning_feat.functional.grassmann_angles import pairwise_principal_angles
-from lightning_feat.heads import find_classifier, replace_layer
+from lightning_feat.head_swap import HeadSwap, named_or_found, take_places
 from lightning_feat.layers.grassmann import GrassmannLinear, local_part
 from lightning_feat.optim.grassmann import SubspaceStep, Update, follow_subspaces
 from lightning_feat.own_parameters import optimizers_in
-from lightning_feat.taps import find_layer
 from lightning_feat.wraps import add_link, remove_link
 
 _LOST = 1e-2  # orthonormality error that no rounding explains
 _WATCHED_BATCHES = 4
-_REPLACED = "_feat_replaced"  # on a new head, until optimizers are configured: the parameters it stands for
 
 
 class GrassmannHead(Callback):
@@ -89,7 +87,8 @@ class GrassmannHead(Callback):
         refuse_twin(trainer, self)
         self._refuse_strategy(trainer)
         self._refuse_order(trainer)
-        swap = _SwapHead(self.layer, self.head_options, _LinearCheckpoint(self.fresh_head))
+        build = functools.partial(_build_head, self.head_options)
+        swap = HeadSwap(self.layer, GrassmannLinear, build, "GrassmannHead", self.fresh_head)
         swap.swap_early(pl_module)
         add_link(pl_module, "configure_model", self.state_key, swap)
         if stage == "fit":
@@ -160,7 +159,7 @@ class GrassmannHead(Callback):
 
     def head(self, pl_module: nn.Module) -> GrassmannLinear:
         """The head in ``pl_module``, once it has been put in."""
-        _, head = _find(pl_module, self.layer)
+        _, head = named_or_found(pl_module, self.layer)
         if not isinstance(head, GrassmannLinear):
             raise RuntimeError(
                 f"the classifier is still a {type(head).__name__}: the head comes in by configure_model."
@@ -168,7 +167,7 @@ class GrassmannHead(Callback):
         return head
 
     def _label(self, pl_module: nn.Module) -> str:
-        return _find(pl_module, self.layer)[0]
+        return named_or_found(pl_module, self.layer)[0]
 
     def _error(self, pl_module: nn.Module) -> Tensor:
         local = local_part(self.head(pl_module).basis)
@@ -228,10 +227,7 @@ class _FollowOptimizers:
         configured = call()
         if self.callback is not None:
             optimizers = optimizers_in(configured)
-            head = self.callback.head(module)
-            for optimizer in optimizers:
-                _take_place(optimizer, head, head.__dict__.get(_REPLACED, ()))
-            head.__dict__.pop(_REPLACED, None)
+            take_places(optimizers, self.callback.head(module))
             self.callback.follow(module, optimizers)
         return configured
 
@@ -239,95 +235,5 @@ class _FollowOptimizers:
         return (_FollowOptimizers, ())
 
 
-class _LinearCheckpoint:
-    """What a head that was put in does when a checkpoint has an ``nn.Linear`` in its place."""
-
-    def __init__(self, fresh: bool) -> None:
-        self.fresh = fresh
-
-    def __call__(
-        self,
-        head: nn.Module,
-        state_dict: dict[str, Any],
-        prefix: str,
-        metadata: Any,
-        strict: bool,
-        missing: list[str],
-        unexpected: list[str],
-        errors: list[str],
-    ) -> None:
-        if f"{prefix}basis" in state_dict or f"{prefix}weight" not in state_dict:
-            return
-        if not self.fresh:
-            errors.append(
-                f"the checkpoint has a linear classifier at {prefix.rstrip('.')}, this module has class subspaces "
-                "there: set "
-                "GrassmannHead(fresh_head=True) to load all but the head, or leave the callback out."
-            )
-        for name in ("weight", "bias"):
-            state_dict.pop(f"{prefix}{name}", None)
-        state_dict.update(head.state_dict(prefix=prefix))
-
-
-class _SwapHead:
-    """Replaces the classifier, once, as soon as it exists: at once, or as the link around ``configure_model``.
-
-    At once, so that a module that the user shards in ``configure_model`` has its head sharded too, and that averaging
-    callbacks copy the new head; but not where the user builds layers later, of which one could be the classifier that
-    is meant.
-    """
-
-    def __init__(self, layer: str | None, options: dict[str, Any], loading: "_LinearCheckpoint") -> None:
-        self.layer = layer
-        self.options = options
-        self.loading = loading
-
-    def __call__(self, module: LightningModule, call: Callable[..., Any]) -> None:
-        call()
-        self.swap(module)
-
-    def swap_early(self, module: LightningModule) -> None:
-        """Replace the classifier if it is there for certain."""
-        if any(is_overridden(hook, module) for hook in ("setup", "configure_model")):
-            names = {name for name, _ in module.named_modules()}
-            if self.layer is None or self.layer not in names:
-                return
-        self.swap(module)
-
-    def swap(self, module: LightningModule) -> None:
-        """Replace the classifier unless that has been done."""
-        name, old = _find(module, self.layer)
-        if isinstance(old, GrassmannLinear):
-            return
-        if not isinstance(old, nn.Linear):
-            raise ValueError(
-                f"the classifier {name} is a {type(old).__name__}, not an nn.Linear, so GrassmannHead cannot replace "
-                "it: name the Linear that makes the logits (argument `layer`), or build the module with a "
-                "GrassmannLinear."
-            )
-        if hasattr(old.weight, "placements"):
-            raise ValueError(
-                f"the classifier {name} is sharded already: create it in __init__ and name it (argument `layer`), so "
-                "that it can be replaced before configure_model shards the module."
-            )
-        head = GrassmannLinear(old.in_features, old.out_features, device=old.weight.device, **self.options)
-        head.register_load_state_dict_pre_hook(self.loading)
-        replace_layer(module, old, head.train(old.training))
-        head.__dict__[_REPLACED] = tuple(old.parameters())
-
-
-def _take_place(optimizer: Optimizer, head: GrassmannLinear, replaced: tuple[nn.Parameter, ...]) -> None:
-    """Put the parameters of the head where the first of those that it replaced stands, for optimizers made before the
-    swap.
-
-    LightningCLI makes them so, and so does who makes them in ``__init__``. A group of its own would break schedulers.
-    """
-    for group in optimizer.param_groups:
-        places = [i for i, p in enumerate(group["params"]) if any(p is old for old in replaced)]
-        if any(group["params"][i] is replaced[0] for i in places):
-            group["params"][places[0] : places[0] + 1] = [p for p in head.parameters() if p.requires_grad]
-        group["params"] = [p for p in group["params"] if not any(p is old for old in replaced)]
-
-
-def _find(module: nn.Module, layer: str | None) -> tuple[str, nn.Module]:
-    return find_classifier(module) if layer is None else (layer, find_layer(module, layer))
+def _build_head(options: dict[str, Any], old: nn.Linear) -> GrassmannLinear:
+    return GrassmannLinear(old.in_features, old.out_features, device=old.weight.device, **options)
