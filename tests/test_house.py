@@ -22,12 +22,13 @@ BELOW = {  # what of ours each room may import
     "head_swap": {"heads", "taps"},
     "own_parameters": set(),
     "taps": {"heads"},
+    "labelled_taps": {"batches", "heads", "taps"},
     "passes": {"batches"},
     "loss_terms": {"own_parameters", "batches", "taps", "wraps"},
     "__main__": set(),
     "__init__": set(),
 }
-JOINTS = {"wraps", "batches", "heads", "head_swap", "own_parameters", "taps", "passes", "loss_terms"}
+JOINTS = {"wraps", "batches", "heads", "head_swap", "own_parameters", "taps", "labelled_taps", "passes", "loss_terms"}
 BELOW["callbacks"] = {"callbacks", "metrics", *BELOW["optim"], *JOINTS}
 BELOW["mixins"] = {"mixins", "metrics", *BELOW["optim"], *JOINTS}
 FOREIGN = {  # what of others, beside the standard library, a room may import at the top of a file

@@ -1,4 +1,3 @@
-from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
@@ -8,14 +7,14 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_feat.batches import TargetKey, class_indices, targets_of
+from lightning_feat.batches import TargetKey, targets_of
 from lightning_feat.callbacks.twins import refuse_twin
 from lightning_feat.functional.class_sums import GlobalMean, repeated_by_sampler
-from lightning_feat.heads import find_classifier
+from lightning_feat.labelled_taps import Heard, LabelledTaps
 from lightning_feat.layers.grassmann import GrassmannLinear
 from lightning_feat.metrics.neural_collapse import NeuralCollapse
 from lightning_feat.passes import Forward, clean_batches, clean_loader, run_forward, without_trace
-from lightning_feat.taps import FeatureTap, Pooling, Read, TapError, find_layer
+from lightning_feat.taps import Pooling, Read, TapError
 
 DEFAULT_MEASURES = (
     *("nc0", "nc1_pinv_over_k", "nc1_quotient", "cdnv", "vci", "nc2_equinorm", "nc2_equiangularity", "nc2_etf_error"),
@@ -91,41 +90,30 @@ class NeuralCollapseMonitor(Callback):
             raise ValueError(
                 "the online mode sees training batches only: for data='val' or 'both' choose mode='exact'."
             )
-        layers = layer if isinstance(layer, list) else [layer]
+        layers: list[str | None] = [*layer] if isinstance(layer, list) else [layer]
         if len(set(layers)) < len(layers) or not layers:
             raise ValueError(f"layer={layer}: name each layer once, and at least one.")
-        self.taps = [FeatureTap(name, read, pooling) for name in layers]
+        self.taps = LabelledTaps(layers, read, pooling, classifier, target_key, ignore_index)
         self.num_classes = num_classes
         self.mode, self.data, self.every_n_epochs = mode, data, every_n_epochs
         self.measures = tuple(measures) if measures is not None else DEFAULT_MEASURES
-        self.classifier = classifier
-        self.target_key, self.ignore_index = target_key, ignore_index
         self.global_mean, self.second_moment = global_mean, second_moment
         self.forward = forward
         self.memory_budget_mb = memory_budget_mb
-        self._head: tuple[str, nn.Module] | None = None
-        self._head_taps: list[FeatureTap] = []  # its input and its output
-        self._fed: dict[str, bool] = {}  # does this layer feed the classifier?
         self._online: dict[str, NeuralCollapse] = {}
         self._warned = False
 
     @property
     def state_key(self) -> str:
-        return f"NeuralCollapseMonitor[{self.mode}, {', '.join(tap.label for tap in self.taps)}]"
+        return f"NeuralCollapseMonitor[{self.mode}, {', '.join(self.taps.labels)}]"
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         refuse_twin(trainer, self)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Not in setup: before configure_model the layers may not be there, or be replaced later.
-        self._fed, self._online, self._warned = {}, {}, False
-        self._head = self._find_head(pl_module)
-        for tap in self.taps:
-            tap.attach(pl_module)
-        if self._head is not None:
-            self._head_taps = [FeatureTap(self._head[0], "input"), FeatureTap(self._head[0], "output")]
-            for tap in self._head_taps:
-                tap.attach(pl_module)
+        self._online, self._warned = {}, False
+        self.taps.attach(pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for metric in self._online.values():
@@ -133,11 +121,10 @@ class NeuralCollapseMonitor(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self.mode == "online":
-            self._listen()
+            self.taps.listen()
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        for tap in self._all_taps():
-            tap.hold()  # SAM runs training_step twice: the features at the perturbed weights are not wanted
+        self.taps.hold()  # SAM runs training_step twice: the features at the perturbed weights are not wanted
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -145,17 +132,14 @@ class NeuralCollapseMonitor(Callback):
         if self.mode != "online":
             return
         try:
-            heard, _ = self._take(batch)
+            heard = self.taps.take(batch)
         except TapError:
             if self._online:
                 return  # a step may skip the network now and then
             raise
-        repeated = self._repeated(trainer, heard[0][0], batch_idx)
-        for tap, (features, targets) in zip(self.taps, heard, strict=True):
-            fits = repeated is not None and len(repeated) == len(features)
-            self._metric(self._online, tap, pl_module, features, self._keep_moment(features)).update(
-                features, targets, repeated if fits else None
-            )
+        for label, (features, targets) in heard.labelled.items():
+            metric = self._metric(self._online, label, pl_module, features, self._keep_moment(features))
+            metric.update(features, targets, self._repeated(trainer, len(features), batch, batch_idx))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.mode == "online":
@@ -177,16 +161,17 @@ class NeuralCollapseMonitor(Callback):
         """The exact mode: one pass for the sums, and what needs the class means from kept features or a second pass."""
         clean = _share(trainer, loader, name)
         metrics: dict[str, NeuralCollapse] = {}
-        kept: list[_Kept] | None = []
+        kept: list[Heard] | None = []
         free = self.memory_budget_mb * 2**20
         with without_trace(trainer, module):
             for batch in self._forwards(trainer, module, clean):
-                heard, logits = self._take(batch)
-                for tap, (features, targets) in zip(self.taps, heard, strict=True):
-                    self._metric(metrics, tap, module, features, moment=False).update(features, targets)
-                free -= sum(features.nbytes for features, _ in heard) + (0 if logits is None else logits.nbytes)
+                heard = self.taps.take(batch)
+                for label, (features, targets) in heard.labelled.items():
+                    self._metric(metrics, label, module, features, moment=False).update(features, targets)
+                    free -= features.nbytes
+                free -= 0 if heard.logits is None else heard.logits.nbytes
                 if kept is not None and free >= 0:
-                    kept.append((heard, logits))
+                    kept.append(heard)
                 elif kept is not None:
                     kept = None
                     rank_zero_info(
@@ -197,85 +182,50 @@ class NeuralCollapseMonitor(Callback):
             self._complete(trainer, module, metrics)
             for metric in metrics.values():
                 metric.start_second_pass()
-            for heard, logits in kept if kept is not None else self._second_pass(trainer, module, clean):
-                for tap, (features, targets) in zip(self.taps, heard, strict=True):
-                    metrics[tap.label].update_second_pass(features, targets, logits if self._fed[tap.label] else None)
+            for heard in kept if kept is not None else self._second_pass(trainer, module, clean):
+                for label, (features, targets) in heard.labelled.items():
+                    logits = heard.logits if self.taps.feeds[label] else None
+                    metrics[label].update_second_pass(features, targets, logits)
         for label, metric in metrics.items():
             self._report(trainer, module, metric, label, method)
 
     def _forwards(self, trainer: Trainer, module: LightningModule, loader: DataLoader[Any]) -> Any:
         for batch in clean_batches(trainer, module, loader):
-            self._listen()
+            self.taps.listen()
             run_forward(trainer, module, batch, self.forward)
             yield batch
 
     def _second_pass(self, trainer: Trainer, module: LightningModule, loader: DataLoader[Any]) -> Any:
         for batch in self._forwards(trainer, module, loader):
-            yield self._take(batch)
+            yield self.taps.take(batch)
 
     def _complete(self, trainer: Trainer, module: LightningModule, metrics: dict[str, NeuralCollapse]) -> None:
         """Let a process without a sample take part in the sums: all must know the width of the features."""
-        for tap in self.taps:
-            width = metrics[tap.label].num_features if tap.label in metrics else 0
+        for label in self.taps.labels:
+            width = metrics[label].num_features if label in metrics else 0
             widest = int(trainer.strategy.reduce(torch.tensor(width, device=module.device), reduce_op="max"))
             if width == 0:
-                self._metric(metrics, tap, module, torch.zeros(0, widest, device=module.device), moment=False)
-            fed = torch.tensor(self._fed.get(tap.label, False), dtype=torch.int, device=module.device)
-            self._fed[tap.label] = bool(trainer.strategy.reduce(fed, reduce_op="max"))
-
-    def _take(self, batch: Any) -> tuple[list[tuple[Tensor, Tensor]], Tensor | None]:
-        """Features and targets of each tap, and the logits where the classifier ran; what is to be ignored is left
-        out.
-        """
-        features = [tap.take() for tap in self.taps]
-        inputs, logits = self._take_head()
-        targets = targets_of(batch, self.target_key)
-        heard = []
-        for tap, h in zip(self.taps, features, strict=True):
-            if tap.label not in self._fed:
-                self._fed[tap.label] = inputs is not None and inputs.shape == h.shape and bool((inputs == h).all())
-            soft = targets.ndim == 2 and targets.is_floating_point()
-            t = targets if soft else class_indices(targets, len(h), f"the targets for layer {tap.label}")
-            keep = None if soft or bool((t != self.ignore_index).all()) else t != self.ignore_index
-            if keep is not None:
-                h, t = h[keep], t[keep]
-                logits = logits[keep] if logits is not None and self._fed[tap.label] else logits
-            heard.append((h, t))
-        return heard, logits
-
-    def _take_head(self) -> tuple[Tensor | None, Tensor | None]:
-        try:
-            inputs, logits = (tap.take() for tap in self._head_taps)
-        except (TapError, ValueError):  # it has none, it did not run, or it works on maps
-            return None, None
-        return inputs, logits
+                self._metric(metrics, label, module, torch.zeros(0, widest, device=module.device), moment=False)
+            feeds = torch.tensor(self.taps.feeds.get(label, False), dtype=torch.int, device=module.device)
+            self.taps.feeds[label] = bool(trainer.strategy.reduce(feeds, reduce_op="max"))
 
     def _metric(
-        self, metrics: dict[str, NeuralCollapse], tap: FeatureTap, module: nn.Module, features: Tensor, moment: bool
+        self, metrics: dict[str, NeuralCollapse], label: str, module: nn.Module, features: Tensor, moment: bool
     ) -> NeuralCollapse:
-        if tap.label not in metrics:
-            metric = NeuralCollapse(self._count_classes(module), features.shape[1], moment, self.global_mean)
-            metrics[tap.label] = metric.to(features.device)
-        return metrics[tap.label]
+        if label not in metrics:
+            num_classes = self.taps.count_classes(module) if self.num_classes is None else self.num_classes
+            metric = NeuralCollapse(num_classes, features.shape[1], moment, self.global_mean)
+            metrics[label] = metric.to(features.device)
+        return metrics[label]
 
     def _keep_moment(self, features: Tensor) -> bool:
         return features.shape[1] <= _WIDEST_ONLINE_MOMENT if self.second_moment is None else self.second_moment
 
-    def _count_classes(self, module: nn.Module) -> int:
-        if self.num_classes is not None:
-            return self.num_classes
-        out = getattr(self._head[1], "out_features", None) if self._head is not None else None
-        if not isinstance(out, int):
-            raise ValueError(
-                f"how many classes {type(module).__name__} has cannot be seen from a classifier: set num_classes."
-            )
-        return out
-
     def _report(
         self, trainer: Trainer, module: LightningModule, metric: NeuralCollapse, label: str, method: str
     ) -> None:
-        if self._fed.get(label, False) and self._head is not None:
-            head = self._head[1]
+        if self.taps.feeds.get(label, False) and self.taps.head is not None:
+            head = self.taps.head[1]
             if isinstance(head, GrassmannLinear):
                 metric.set_classifier(basis=_full(head.basis))
             elif isinstance(head, nn.Linear):
@@ -295,16 +245,6 @@ class NeuralCollapseMonitor(Callback):
                 # compute() agrees on all processes already; sync_dist only spares the reader a warning from Lightning.
                 module.log(f"{method}/{name}/{label}", value.float(), sync_dist=True)
 
-    def _find_head(self, module: nn.Module) -> tuple[str, nn.Module] | None:
-        if self.classifier is not None:
-            return self.classifier, find_layer(module, self.classifier)
-        try:
-            return find_classifier(module)
-        except ValueError:
-            if any(tap.layer is None for tap in self.taps):
-                raise
-            return None
-
     def _is_due(self, trainer: Trainer) -> bool:
         epoch = trainer.current_epoch + 1
         if epoch == 1 or epoch == trainer.max_epochs or trainer.should_stop:
@@ -313,30 +253,25 @@ class NeuralCollapseMonitor(Callback):
             return epoch & (epoch - 1) == 0 or (epoch % 3 == 0 and (epoch // 3) & (epoch // 3 - 1) == 0)
         return epoch % self.every_n_epochs == 0
 
-    def _repeated(self, trainer: Trainer, features: Tensor, batch_idx: int) -> Tensor | None:
+    def _repeated(self, trainer: Trainer, num_samples: int, batch: Any, batch_idx: int) -> Tensor | None:
+        """Which samples of this batch a distributed sampler has put in twice; None where that is not so, or not
+        known.
+        """
         loader = trainer.train_dataloader
         sampler = getattr(loader, "sampler", None)
         batch_size = getattr(loader, "batch_size", None)
         if type(sampler) is not DistributedSampler or sampler.drop_last or batch_size is None:
             return None
+        targets = targets_of(batch, self.taps.target_key)
+        if num_samples != len(targets):
+            return None  # several views or tokens of a sample, or samples that are ignored
         size = len(sampler.dataset)  # type: ignore[arg-type]
         where = trainer.global_rank, trainer.world_size, size
-        return repeated_by_sampler(batch_idx * batch_size, len(features), *where, features.device)
-
-    def _listen(self) -> None:
-        for tap in self._all_taps():
-            tap.listen()
-
-    def _all_taps(self) -> Sequence[FeatureTap]:
-        return [*self.taps, *self._head_taps]
+        return repeated_by_sampler(batch_idx * batch_size, num_samples, *where, targets.device)
 
     def _let_go(self) -> None:
-        for tap in self._all_taps():
-            tap.remove()
-        self._head, self._head_taps, self._online = None, [], {}
-
-
-_Kept = tuple[list[tuple[Tensor, Tensor]], Tensor | None]
+        self.taps.remove()
+        self._online = {}
 
 
 def _full(parameter: Tensor) -> Tensor:

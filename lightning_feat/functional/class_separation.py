@@ -25,9 +25,7 @@ class PairAngleSums(NamedTuple):
     pairs: Tensor  # (C,) pairs
 
 
-def direction_sums(
-    features: Tensor, targets: Tensor, num_classes: int, weights: Tensor | None = None
-) -> ClassSums:
+def direction_sums(features: Tensor, targets: Tensor, num_classes: int, weights: Tensor | None = None) -> ClassSums:
     """:func:`~lightning_feat.functional.class_sums.class_sums` of the features divided by their lengths, in float64.
 
     The arguments, and the errors, are those of ``class_sums``; soft targets count in part for several classes. A
@@ -161,9 +159,7 @@ def sample_of_each_class(targets: Tensor, most: int, seed: int = 0, indices: Ten
         tensor([1, 2])
     """
     if most < 1 or targets.ndim != 1:
-        raise ValueError(
-            f"most={most} must be at least 1 and targets (N,) class indices, got {tuple(targets.shape)}"
-        )
+        raise ValueError(f"most={most} must be at least 1 and targets (N,) class indices, got {tuple(targets.shape)}")
     index_N = torch.arange(len(targets), device=targets.device) if indices is None else indices.to(targets.device)
     order_N = _scatter(index_N, seed).argsort(stable=True)
     order_N = order_N[targets[order_N].argsort(stable=True)]  # by class, within it by lot

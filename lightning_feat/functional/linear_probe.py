@@ -19,8 +19,8 @@ from lightning_feat.functional.class_sums import to_float64
 Scaling: TypeAlias = Literal["standardize", "unit", "none"]
 
 PENALTIES = tuple(10.0**exponent for exponent in range(-6, 2))
-# Largest entry of the gradient, in coordinates where the curvature is near one: the loss is then within about 1e-10 of its
-# minimum. At 1e-7 rounding of the loss misleads the line search, and takes ten times the iterations.
+# Largest entry of the gradient, in coordinates where the curvature is near one: the loss is within about 1e-10 of its
+# minimum then. At 1e-7 rounding of the loss misleads the line search, and takes ten times the iterations.
 _TOLERANCE = 1e-5
 _MAX_ITERATIONS = 2000
 
@@ -88,10 +88,14 @@ def linear_probe(
     for name, (features, targets) in parts.items():
         _check_part(name, features, targets, train_features.shape[-1])
     if len(penalties) == 0 or not all(0 < penalty < math.inf for penalty in penalties):
-        raise ValueError(f"penalties={list(penalties)}: give at least one, all positive; without one the fit may run away.")
+        raise ValueError(
+            f"penalties={list(penalties)}: give at least one, all positive; without one the fit may run away."
+        )
     classes_C = train_targets.unique()
     if len(classes_C) < 2:
-        raise ValueError(f"the train targets hold {len(classes_C)} class: a linear classifier tells at least two apart.")
+        raise ValueError(
+            f"the train targets hold {len(classes_C)} class: a linear classifier tells at least two apart."
+        )
     train_ND, val_ND, test_ND = _scaled([features for features, _ in parts.values()], scaling)
     target_N = torch.searchsorted(classes_C, train_targets).to(train_ND.device)
     classes_C = classes_C.to(train_ND.device)
