@@ -23,6 +23,10 @@ from lightning_feat.functional.grassmann import orthonormality_error
 from lightning_feat.layers import GrassmannLinear
 from lightning_feat.loss_terms import WeightSchedule
 
+FSDP2_ON_CPU = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (
+    2,
+    8,
+)  # 2.6 fails inside torch, 2.15 works; between them it was not tried below this
 SAMPLES = 44  # 22 for each process, in batches of 8, 8, 6
 
 
@@ -197,9 +201,7 @@ CASES = [
     grassmann_adaptive,
     collapse_online,
     collapse_exact,
-    fsdp2,
-    fsdp2_swap,
-    fsdp2_resume,
+    *([fsdp2, fsdp2_swap, fsdp2_resume] if FSDP2_ON_CPU else []),
 ]
 
 

@@ -10,6 +10,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+try:
+    from lightning.pytorch.callbacks import EMAWeightAveraging
+except ImportError:  # Lightning 2.5 has none
+    EMAWeightAveraging = None
+
 NUM_CLASSES, WIDTH = 3, 8
 
 

@@ -5,8 +5,7 @@ import copy
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import DictBatches, Plain, equal, loader, points, trainer, weights
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from helpers import DictBatches, EMAWeightAveraging, Plain, equal, loader, points, trainer, weights
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.tuner import Tuner
 from torch import nn
@@ -286,6 +285,7 @@ def test_the_learning_rate_finder_trains_with_the_term(tmp_path):
     assert len(calls) >= 4
 
 
+@pytest.mark.skipif(EMAWeightAveraging is None, reason="this Lightning has no averaging of its own")
 def test_an_averaged_copy_calls_its_own_network(tmp_path):
     average, term = EMAWeightAveraging(), FeatureRegularizer(norm, "norm")
     module = Plain()

@@ -149,11 +149,11 @@ def draw_panel(panel: Panel, points: Points, axes: "Axes") -> None:
         )
         if panel.log_scale and visible:
             axes.set_yscale("log")
-        low, high = (end([panel.scale * v for name in shown for _, v in points[name] if v > 0]) for end in (min, max))
-        if high < 100 * low:  # powers of ten alone would leave one number or none
-            axes.yaxis.set_minor_locator(LogLocator(subs=(2.0, 5.0)))
-            axes.yaxis.set_minor_formatter("{x:g}")
-            axes.yaxis.set_major_formatter("{x:g}")
+    positive = [panel.scale * value for name in shown for _, value in points[name] if 0 < value < math.inf]
+    if axes.get_yscale() == "log" and max(positive) < 100 * min(positive):  # powers of ten alone would be one or none
+        axes.yaxis.set_minor_locator(LogLocator(subs=(2.0, 5.0)))
+        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.yaxis.set_major_formatter("{x:g}")
     axes.set_ylabel(panel.label, fontsize=9)
     axes.tick_params(labelsize=8, which="both")
     axes.spines[["top", "right"]].set_visible(False)

@@ -32,8 +32,8 @@ class ElpvDataModule(LightningDataModule):
 
     Args:
         batch_size: images in a batch, at most; the last one may be smaller.
-        num_classes: 2 for sound (an expert's defect probability of 0 or 1/3: 1,803 cells) and broken (2/3 or 1: 821), or
-            4 for the probabilities 0, 1/3, 2/3 and 1 themselves (1,508, 295, 106 and 715 cells).
+        num_classes: 2 for sound (a defect probability of 0 or 1/3, 1,803 cells) and broken (2/3 or 1, 821 cells), or 4
+            for the probabilities 0, 1/3, 2/3 and 1 themselves (1,508, 295, 106 and 715 cells).
         image_size: height and width in pixels, at most 300, averaged down once in ``setup``.
         channels: 1, or 3 equal ones for networks made for colour.
         flip: mirror each training image left to right and upside down, each half the time.
@@ -71,7 +71,7 @@ class ElpvDataModule(LightningDataModule):
         self.val_fraction, self.test_fraction, self.seed = val_fraction, test_fraction, seed
 
     def setup(self, stage: str | None = None) -> None:
-        """Read all photographs, once, and make all three parts whatever the stage: seconds, and 240 MB while it lasts."""
+        """Read all photographs, once, and make all parts whatever the stage: seconds, and 240 MB while it lasts."""
         if hasattr(self, "train_set"):
             return
         images, thirds, is_poly = load_elpv()

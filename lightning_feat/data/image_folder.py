@@ -88,14 +88,14 @@ class ImageFolderDataModule(LightningDataModule):
             raise ValueError(f"{mean=} and {std=}: give three numbers each, one a channel, the latter positive.")
         self.root, self.batch_size, self.num_workers = Path(root), batch_size, num_workers
         self.train_folder, self.val_folder, self.test_folder = train_folder, val_folder, test_folder
-        self.common = {
+        self.common: dict[str, Any] = {
             "input_size": image_size,
             "interpolation": interpolation,
             "mean": tuple(mean),
             "std": tuple(std),
         }
         self.crop_pct = crop_pct
-        self.augmentation = {
+        self.augmentation: dict[str, Any] = {
             "scale": (min_scale, 1.0),
             "color_jitter": color_jitter,
             "auto_augment": auto_augment,
@@ -105,7 +105,7 @@ class ImageFolderDataModule(LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """List the images of the parts that ``stage`` needs, those of training always."""
-        from timm.data import create_transform  # not above: it takes seconds
+        from timm.data.transforms_factory import create_transform  # not above: it takes seconds
 
         plain = create_transform(**self.common, is_training=False, crop_pct=self.crop_pct)
         varied = create_transform(**self.common, is_training=True, **self.augmentation)

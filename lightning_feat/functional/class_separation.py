@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from lightning_feat.functional.class_sums import ClassSums, check_target_range, class_means, class_sums, to_float64
+from lightning_feat.functional.class_sums import (
+    ClassSums,
+    accumulation_device,
+    add_class_sums_,
+    check_target_range,
+    class_means,
+    empty_class_sums,
+    to_float64,
+)
 
 _BLOCK = 1024  # samples on either side of the cosines held at once: 8 MiB, and as many again for the angles
 
@@ -25,17 +33,26 @@ class PairAngleSums(NamedTuple):
     pairs: Tensor  # (C,) pairs
 
 
+def add_direction_sums_(
+    totals: ClassSums, features: Tensor, targets: Tensor, weights: Tensor | None = None
+) -> ClassSums:
+    """Add a batch to ``totals`` in place and return them. The arguments are those of :func:`direction_sums`."""
+    unit_ND, length_N = _directions(features)
+    has_direction_N = (length_N > 0).double()
+    return add_class_sums_(
+        totals, unit_ND, targets, has_direction_N if weights is None else has_direction_N * weights.to(unit_ND)
+    )
+
+
 def direction_sums(features: Tensor, targets: Tensor, num_classes: int, weights: Tensor | None = None) -> ClassSums:
     """:func:`~lightning_feat.functional.class_sums.class_sums` of the features divided by their lengths, in float64.
 
     The arguments, and the errors, are those of ``class_sums``; soft targets count in part for several classes. A
     feature that is zero counts for none.
     """
-    unit_ND, length_N = _directions(features)
-    has_direction_N = (length_N > 0).double()
-    return class_sums(
-        unit_ND, targets, num_classes, has_direction_N if weights is None else has_direction_N * weights.to(unit_ND)
-    )
+    width = features.shape[-1] if features.ndim else 0
+    totals = empty_class_sums(num_classes, width, accumulation_device(features.device))
+    return add_direction_sums_(totals, features, targets, weights)
 
 
 def class_separation_r2(totals: ClassSums) -> Tensor:
@@ -134,8 +151,8 @@ def within_class_variability(totals: PairAngleSums) -> Tensor:
     ICCV 2023, arXiv 2308.01547.
 
     Example:
-        >>> features = torch.tensor([[1.0, 0.0], [0.0, 2.0], [-1.0, 0.0]])
-        >>> within_class_variability(pair_angle_sums(features, torch.tensor([0, 0, 0]), num_classes=1))
+        >>> features = torch.tensor([[1.0, 0.0], [0.0, 2.0], [-1.0, 0.0]])  # 90, 90 and 180 degrees
+        >>> within_class_variability(pair_angle_sums(features, torch.tensor([0, 0, 0]), num_classes=1)).round()
         tensor(120., dtype=torch.float64)
     """
     seen_C = totals.pairs > 0
@@ -156,7 +173,7 @@ def sample_of_each_class(targets: Tensor, most: int, seed: int = 0, indices: Ten
 
     Example:
         >>> sample_of_each_class(torch.tensor([7, 7, 3, 7, 3, 3]), most=1)
-        tensor([1, 2])
+        tensor([0, 5])
     """
     if most < 1 or targets.ndim != 1:
         raise ValueError(f"most={most} must be at least 1 and targets (N,) class indices, got {tuple(targets.shape)}")
@@ -171,6 +188,8 @@ def sample_of_each_class(targets: Tensor, most: int, seed: int = 0, indices: Ten
 def _directions(features: Tensor) -> tuple[Tensor, Tensor]:
     """Features of length one, float64, and their lengths before; zero stays zero."""
     h_ND = to_float64(features)
+    if h_ND.ndim != 2:
+        raise ValueError(f"features must be (N, D), got {tuple(features.shape)}: pool or flatten feature maps first.")
     length_N: Tensor = vector_norm(h_ND, dim=1)
     return h_ND / torch.where(length_N > 0, length_N, 1.0)[:, None], length_N
 

@@ -22,7 +22,7 @@ PENALTIES = tuple(10.0**exponent for exponent in range(-6, 2))
 # Largest entry of the gradient, in coordinates where the curvature is near one: the loss is within about 1e-10 of its
 # minimum then. At 1e-7 rounding of the loss misleads the line search, and takes ten times the iterations.
 _TOLERANCE = 1e-5
-_MAX_ITERATIONS = 2000
+_MAX_ITERATIONS = 1000
 
 
 class LinearProbeResult(NamedTuple):
@@ -223,7 +223,7 @@ def _minimise(
         max_iter=_MAX_ITERATIONS,
         max_eval=2 * _MAX_ITERATIONS,
         tolerance_grad=_TOLERANCE,
-        tolerance_change=0.0,
+        tolerance_change=1e-14,  # a loss that falls by no more has stalled at its rounding
         history_size=20,
         line_search_fn="strong_wolfe",
     )

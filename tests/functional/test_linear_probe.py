@@ -29,12 +29,12 @@ def test_the_fit_is_that_of_scikit_learn(size, width, penalty):
     fitted = fit_logistic_regression(features, targets, 4, penalty)
     theirs = linear_model.LogisticRegression(C=1 / (penalty * size), tol=1e-10, max_iter=20_000)
     theirs.fit(features.numpy(), targets.numpy())
-    # Both stop at a gradient near 1e-5, which the smallest curvature, the penalty, turns into an error.
+    # Ours stops at a gradient of 1e-5 in scaled coordinates; where the classes are separable the loss is nearly flat.
     torch.testing.assert_close(fitted.weight, torch.as_tensor(theirs.coef_), rtol=1e-3, atol=2e-3)
     log_odds = (
         features @ (fitted.weight - torch.as_tensor(theirs.coef_)).T + fitted.bias - torch.as_tensor(theirs.intercept_)
     )
-    assert (log_odds - log_odds.mean(1, keepdim=True)).abs().max() < 1e-2
+    assert (log_odds - log_odds.mean(1, keepdim=True)).abs().max() < 2e-2  # log odds up to 10
 
 
 def test_the_fit_ends_where_the_gradient_of_the_stated_loss_vanishes():
@@ -128,7 +128,7 @@ def test_hold_out_takes_a_share_of_each_class_and_leaves_one():
     assert [int(held[targets == c].sum()) for c in (3, 5, 8)] == [2, 1, 0]
     assert hold_out(targets, 0.25).equal(held)
     assert not hold_out(torch.zeros(2, dtype=torch.long), 0.9).all()
-    with pytest.raises(ValueError, match="share=1.0"):
+    with pytest.raises(ValueError, match=r"share=1\.0"):
         hold_out(targets, 1.0)
 
 

@@ -83,7 +83,7 @@ def make(name, parameters):
 
 OPTIMIZERS = [
     *("SGD", "SGD foreach", "SGD fused", "AdamW", "AdamW foreach", "AdamW fused", "Adam amsgrad", "NAdam", "RAdam"),
-    *("RMSprop", "Adagrad", "Adamax", "timm lamb", "timm lion", "timm adan", "timm nadamw", "timm adafactor"),
+    *("RMSprop", "Adagrad", "Adamax", "timm lamb", "timm lion", "timm nadamw", "timm adafactor"),
 ]
 
 

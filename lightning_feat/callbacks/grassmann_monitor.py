@@ -1,0 +1,333 @@
+import os
+from io import BytesIO
+from typing import Any, Literal
+
+import torch
+from lightning.fabric.utilities.cloud_io import get_filesystem
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from torch import Tensor
+from torch.utils.data import DistributedSampler
+
+from lightning_feat.batches import TargetKey, class_indices, targets_of
+from lightning_feat.callbacks.curves import COLOURS, DOTS_PER_INCH, show_in_tensorboard
+from lightning_feat.callbacks.grassmann import GrassmannHead
+from lightning_feat.callbacks.linear_probe import gather_samples, is_last_epoch
+from lightning_feat.callbacks.neural_collapse import _full, _share
+from lightning_feat.callbacks.twins import callbacks_of, refuse_twin
+from lightning_feat.functional.class_separation import sample_of_each_class
+from lightning_feat.functional.class_sums import repeated_by_sampler
+from lightning_feat.functional.grassmann import orthonormality_error
+from lightning_feat.heads import find_classifier
+from lightning_feat.layers.grassmann import GrassmannLinear
+from lightning_feat.metrics.class_separation import ClassSeparation, WithinClassVariability
+from lightning_feat.metrics.grassmann import subspace_angles, subspace_distances
+from lightning_feat.passes import Forward, clean_batches, run_forward, without_trace
+from lightning_feat.taps import FeatureTap, Pooling, TapError, find_layer
+
+
+class GrassmannMonitor(Callback):
+    """Log how the class subspaces of a ``GrassmannLinear`` lie and move, and how its features spread, as
+    ``grassmann/<measure>/<layer>``.
+
+    Of the subspaces, at the end of chosen epochs: ``angle_mean``, the mean principal angle between two of them (all
+    angles of all pairs), in degrees; ``distance_from_start_mean`` and ``distance_from_start_max``, the geodesic
+    distance of a subspace from where the run began, in radians, which a resumed run remembers. ``smallest_angle``
+    (degrees) and ``orthonormality_error`` come from the ``GrassmannHead`` callback where there is one, else from here.
+
+    Of the features that the head reads: ``variability``, the mean angle between two of one class, in degrees, and
+    ``r2``, the separation of the classes; ``functional.class_separation`` defines them. ``mode="online"`` sums the
+    training batches of a chosen epoch as they pass; the variability is then that of the pairs inside each batch, and
+    the weights move meanwhile. ``mode="exact"`` runs the network over the data at the end of the epoch, in eval mode,
+    each sample once over all processes, and leaves no trace.
+
+    Cost: between chosen epochs nothing. In one, ``max_pairs`` pairs of subspaces, about 2 s for 10,000 pairs of 8 x
+    2048 on two CPU cores; online for each batch of B samples ``B^2 D`` products in float64. The start of the subspaces is
+    kept, and is part of every checkpoint: as large as the basis.
+
+    Args:
+        layer: dotted name of the head; None finds it (see ``lightning_feat.heads.find_classifier``).
+        mode: see above.
+        data: for the exact mode, the ``"train"`` data or the ``"val"`` data (logged as ``grassmann_val/...``).
+        every_n_epochs: after the first epoch, every n-th and, as far as it is known in time, the last.
+        max_pairs: of classes to compare; up to 141 classes are all compared by default. More are sampled by ``seed``,
+            the same pairs in every epoch.
+        max_samples_per_class: for the exact mode, how many to take for the variability, chosen by ``seed``; every
+            process holds these of all processes for a moment. R^2 is of all samples. None takes all.
+        seed: of both choices.
+        figure: draw a histogram of the principal angles, as a PNG beside the logger's files and as an image into
+            every TensorBoard logger. Needs matplotlib.
+        pooling: how inputs of the head that are not ``(N, D)`` become so, see ``lightning_feat.taps.pool``.
+        target_key: where a batch keeps class indices, see ``lightning_feat.batches``. Online, the targets must belong
+            to the features: with mixup use the exact mode, on loaders that do not mix.
+        ignore_index: samples with this target are left out.
+        forward: for the exact mode, ``forward(module, batch)`` that runs the network; None calls ``module(batch[0])``
+            for a tuple or list, else ``module(batch)``.
+    """
+
+    def __init__(
+        self,
+        layer: str | None = None,
+        mode: Literal["online", "exact"] = "online",
+        data: Literal["train", "val"] = "train",
+        every_n_epochs: int = 1,
+        max_pairs: int = 10_000,
+        max_samples_per_class: int | None = 100,
+        seed: int = 0,
+        figure: bool = False,
+        pooling: Pooling | None = None,
+        target_key: TargetKey = None,
+        ignore_index: int = -100,
+        forward: Forward | None = None,
+    ) -> None:
+        if mode not in ("online", "exact") or data not in ("train", "val"):
+            raise ValueError(f"mode={mode!r}, data={data!r}: choose 'online' or 'exact', and 'train' or 'val'.")
+        if mode == "online" and data == "val":
+            raise ValueError("the online mode sees training batches only: for data='val' choose mode='exact'.")
+        smallest = 1 if max_samples_per_class is None else max_samples_per_class - 1
+        if min(every_n_epochs, max_pairs, smallest) < 1:
+            raise ValueError(
+                f"{every_n_epochs=} and {max_pairs=} must be at least 1, and {max_samples_per_class=} at least 2."
+            )
+        self.layer, self.mode, self.data, self.every_n_epochs = layer, mode, data, every_n_epochs
+        self.max_pairs, self.max_samples_per_class, self.seed = max_pairs, max_samples_per_class, seed
+        self.figure, self.pooling = figure, pooling
+        self.target_key, self.ignore_index, self.forward = target_key, ignore_index, forward
+        self.start: Tensor | None = None
+        self._tap: FeatureTap | None = None
+        self._listens, self._head_reports, self._label, self._folder = False, False, "", ""
+        self._r2: ClassSeparation | None = None
+        self._variability: WithinClassVariability | None = None
+
+    @property
+    def state_key(self) -> str:
+        return f"GrassmannMonitor[{self.layer or 'classifier'}]"
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"start": self.start}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.start = state_dict["start"]
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        refuse_twin(trainer, self)
+        if stage != "fit":
+            return
+        if trainer.global_step == 0:
+            self.start = None  # of an earlier run; a checkpoint, if any, is loaded after this
+        if self.figure:
+            try:
+                import matplotlib.figure  # noqa: F401
+            except ModuleNotFoundError as error:
+                raise ModuleNotFoundError(
+                    'figure=True needs matplotlib, which is not installed: pip install "lightning-feat[recipes]"'
+                ) from error
+            # All processes ask, and now: trainer.log_dir is a broadcast, at which one alone would wait for ever.
+            self._folder = str(trainer.log_dir or trainer.default_root_dir)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._label, head = self._find(pl_module)
+        self._tap = FeatureTap(self._label, "input", self.pooling)
+        self._tap.attach(pl_module)
+        self._r2 = ClassSeparation(head.num_classes, head.in_features).to(pl_module.device)
+        self._variability = WithinClassVariability(head.num_classes).to(pl_module.device)
+        self._listens = False
+        self._head_reports = any(
+            isinstance(other, GrassmannHead) and other.head(pl_module) is head for other in callbacks_of(trainer)
+        )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.start is None:  # not in on_fit_start: with some strategies a checkpoint is loaded after it
+            self.start = _full(self._find(pl_module)[1].basis).cpu().clone()
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._listens = self.mode == "online" and self._is_due(trainer)
+        for metric in self._metrics():
+            metric.reset()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._listens and self._tap is not None:
+            self._tap.listen()
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        if self._tap is not None:
+            self._tap.hold()  # SAM runs training_step twice: the features at the perturbed weights are not wanted
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not self._listens or self._tap is None:
+            return
+        try:
+            features, targets, keep = self._take(batch)
+        except TapError:
+            if any(metric.update_count for metric in self._metrics()):
+                return  # a step may skip the network now and then
+            raise
+        repeated = _repeated(trainer, features, batch_idx)
+        for metric in self._metrics():
+            metric.update(features[keep], targets[keep], None if repeated is None else repeated[keep])
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not (self._is_due(trainer) or is_last_epoch(trainer)):
+            return
+        basis = _full(self._find(pl_module)[1].basis)
+        if self.start is not None:
+            distances = subspace_distances(basis, self.start)
+            self._log(pl_module, "distance_from_start_mean", distances.mean())
+            self._log(pl_module, "distance_from_start_max", distances.max())
+        angles = subspace_angles(basis, self.max_pairs, self.seed).rad2deg()
+        if len(angles):
+            self._log(pl_module, "angle_mean", angles.mean())
+        if not self._head_reports:
+            self._log(pl_module, "orthonormality_error", orthonormality_error(basis).max())
+            if len(angles):
+                self._log(pl_module, "smallest_angle", angles.min())
+        if self.figure and len(angles) and not getattr(trainer, "fast_dev_run", False):
+            self._show(trainer, angles.cpu())
+        if self.mode == "exact":
+            loader = trainer.train_dataloader if self.data == "train" else trainer.val_dataloaders
+            self._measure(trainer, pl_module, loader)
+        if self._r2 is not None and self._variability is not None and (self.mode == "exact" or self._listens):
+            suffix = "_val" if self.data == "val" else ""
+            self._log(pl_module, "r2", self._r2.compute(), suffix)
+            self._log(pl_module, "variability", self._variability.compute(), suffix)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._let_go()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._let_go()  # after an exception Lightning does not call teardown
+
+    def _find(self, module: LightningModule) -> tuple[str, GrassmannLinear]:
+        if self.layer is None:
+            label, head = find_classifier(module)
+        else:
+            label, head = self.layer, find_layer(module, self.layer)
+        if not isinstance(head, GrassmannLinear):
+            raise ValueError(
+                f"the classifier {label} is a {type(head).__name__}, not a GrassmannLinear: add the GrassmannHead "
+                "callback, or name the head (argument `layer`)."
+            )
+        return label, head
+
+    def _measure(self, trainer: Trainer, module: LightningModule, loader: Any) -> None:
+        """Fill both metrics by a clean pass: R^2 from sums, the variability from samples of all processes."""
+        clean = _share(trainer, loader, "training" if self.data == "train" else "validation")
+        r2, variability = self._metrics()
+        kept: tuple[Tensor, Tensor, Tensor] | None = None
+        seen = 0
+        with without_trace(trainer, module):
+            for batch in clean_batches(trainer, module, clean):
+                if self._tap is not None:
+                    self._tap.listen()
+                run_forward(trainer, module, batch, self.forward)
+                h, t, keep = self._take(batch)
+                index = trainer.global_rank + trainer.world_size * torch.arange(seen, seen + len(h), device=h.device)
+                seen += len(h)
+                r2.update(h[keep], t[keep])
+                usable = keep & h.isfinite().all(1)
+                new = (h[usable], t[usable], index[usable])
+                both = new if kept is None else tuple(torch.cat(pair) for pair in zip(kept, new, strict=True))
+                kept = self._sample(*both)
+        if kept is None:
+            none = torch.zeros(0, dtype=torch.long, device=module.device)
+            kept = (torch.zeros(0, 1, device=module.device), none, none)
+        h, t, _ = self._sample(*gather_samples(*kept))
+        if trainer.global_rank == 0:  # the others add nothing to its sums
+            variability.update(h, t)
+
+    def _sample(self, features: Tensor, targets: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self.max_samples_per_class is None:
+            return features, targets, indices
+        chosen = sample_of_each_class(targets, self.max_samples_per_class, self.seed, indices)
+        return features[chosen], targets[chosen], indices[chosen]
+
+    def _take(self, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Features, targets, and which of them count."""
+        if self._tap is None:
+            raise RuntimeError("the monitor listens only while fitting.")
+        features = self._tap.take()
+        where = f"the targets for layer {self._label}"
+        targets = class_indices(targets_of(batch, self.target_key), len(features), where).to(features.device)
+        return features, targets, targets != self.ignore_index
+
+    def _metrics(self) -> list[ClassSeparation | WithinClassVariability]:
+        return [metric for metric in (self._r2, self._variability) if metric is not None]
+
+    def _is_due(self, trainer: Trainer) -> bool:
+        epoch = trainer.current_epoch + 1
+        return epoch == 1 or epoch == trainer.max_epochs or epoch % self.every_n_epochs == 0
+
+    def _log(self, module: LightningModule, measure: str, value: Tensor, suffix: str = "") -> None:
+        # Equal on all processes already; sync_dist only spares the reader a warning from Lightning.
+        name = f"grassmann{suffix}/{measure}/{self._label}"
+        module.log(name, value.to(module.device, torch.float32), sync_dist=True)
+
+    @rank_zero_only
+    def _show(self, trainer: Trainer, angles: Tensor) -> None:
+        try:
+            figure = draw_angles(angles)
+            for logger in trainer.loggers:
+                if isinstance(logger, TensorBoardLogger):
+                    show_in_tensorboard(figure, logger, f"grassmann/angles/{self._label}", trainer.global_step)
+            content = BytesIO()
+            figure.savefig(content, dpi=DOTS_PER_INCH, format="png")
+            path = os.path.join(self._folder, f"grassmann_angles-{self._label}-epoch={trainer.current_epoch}.png")
+            files = get_filesystem(path)
+            files.makedirs(self._folder, exist_ok=True)
+            with files.open(path, "wb") as file:
+                file.write(content.getvalue())
+        except Exception as error:  # a picture is not worth a run
+            rank_zero_warn(f"GrassmannMonitor could not draw the angles: {type(error).__name__}: {error}")
+
+    def _let_go(self) -> None:
+        if self._tap is not None:
+            self._tap.remove()
+        self._tap, self._r2, self._variability, self._listens = None, None, None, False
+
+
+def draw_angles(angles: Tensor) -> Any:
+    """Histograms of the smallest, the middle and the largest principal angle of each pair, ``(P, k)`` in degrees."""
+    from matplotlib.figure import Figure
+
+    # Not by pyplot: that would choose a window system, and keep the figure.
+    figure = Figure(figsize=(3.25, 2.2), layout="constrained")  # one column of a paper in two
+    axes = figure.subplots()
+    k = angles.shape[1]
+    shown = {0: "smallest", (k - 1) // 2: "middle", k - 1: "largest"} if k > 2 else {0: "smallest", k - 1: "largest"}
+    for number, (place, title) in enumerate(shown.items()):
+        values = angles[:, place].numpy()
+        title = title if k > 1 else None
+        style: dict[str, Any] = {"color": COLOURS[number], "linewidth": 1.3, "linestyle": ("-", "--", ":")[number]}
+        axes.hist(
+            values,
+            bins=45,
+            range=(0, 90),
+            weights=[100 / len(values)] * len(values),
+            histtype="step",
+            label=title,
+            **style,
+        )
+    axes.set_xlabel("principal angle between class subspaces (degrees)", fontsize=8)
+    axes.set_ylabel("pairs of classes (%)", fontsize=8)
+    axes.set_xlim(0, 90)
+    axes.set_xticks(range(0, 91, 15))
+    axes.tick_params(labelsize=7)
+    axes.spines[["top", "right"]].set_visible(False)
+    if k > 1:
+        axes.legend(loc="upper left", frameon=False, fontsize=7)
+    return figure
+
+
+def _repeated(trainer: Trainer, features: Tensor, batch_idx: int) -> Tensor | None:
+    """Mask of the samples that the sampler of this run repeats; None where there is none, or a sample is not a row."""
+    loader = trainer.train_dataloader
+    sampler, batch_size = getattr(loader, "sampler", None), getattr(loader, "batch_size", None)
+    if type(sampler) is not DistributedSampler or sampler.drop_last or batch_size is None:
+        return None
+    size = len(sampler.dataset)  # type: ignore[arg-type]
+    where = trainer.global_rank, trainer.world_size, size
+    rows = len(features)
+    return repeated_by_sampler(batch_idx * batch_size, rows, *where, features.device) if rows <= batch_size else None
