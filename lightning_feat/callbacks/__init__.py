@@ -5,7 +5,9 @@ A ``*Monitor`` only reads, a ``*Regularizer`` changes the loss.
 
 from lightning_feat.callbacks.curves import CurvePlotter, Panel
 from lightning_feat.callbacks.grassmann import GrassmannHead
+from lightning_feat.callbacks.grassmann_monitor import GrassmannMonitor
 from lightning_feat.callbacks.history import MetricHistory
+from lightning_feat.callbacks.linear_probe import LinearProbe
 from lightning_feat.callbacks.neural_collapse import NeuralCollapseMonitor
 from lightning_feat.callbacks.regularizer import FeatureRegularizer, Regularizer
 from lightning_feat.callbacks.summary import SummaryTable
@@ -14,6 +16,8 @@ __all__ = [
     "CurvePlotter",
     "FeatureRegularizer",
     "GrassmannHead",
+    "GrassmannMonitor",
+    "LinearProbe",
     "MetricHistory",
     "NeuralCollapseMonitor",
     "Panel",

@@ -42,9 +42,8 @@ class GrassmannMonitor(Callback):
     the weights move meanwhile. ``mode="exact"`` runs the network over the data at the end of the epoch, in eval mode,
     each sample once over all processes, and leaves no trace.
 
-    Cost: between chosen epochs nothing. In one, ``max_pairs`` pairs of subspaces, about 2 s for 10,000 pairs of 8 x
-    2048 on two CPU cores; online for each batch of B samples ``B^2 D`` products in float64. The start of the subspaces is
-    kept, and is part of every checkpoint: as large as the basis.
+    Cost: between chosen epochs nothing. In one, ``max_pairs`` pairs of subspaces; online, for each batch of B samples,
+    ``B^2 D`` products in float64. The start of the subspaces is part of every checkpoint: as large as the basis.
 
     Args:
         layer: dotted name of the head; None finds it (see ``lightning_feat.heads.find_classifier``).
@@ -131,7 +130,10 @@ class GrassmannMonitor(Callback):
         self._tap = FeatureTap(self._label, "input", self.pooling)
         self._tap.attach(pl_module)
         self._r2 = ClassSeparation(head.num_classes, head.in_features).to(pl_module.device)
-        self._variability = WithinClassVariability(head.num_classes).to(pl_module.device)
+        self._variability = WithinClassVariability(
+            head.num_classes,
+            sync_on_compute=self.mode == "online",  # the exact mode gathers samples instead
+        ).to(pl_module.device)
         self._listens = False
         self._head_reports = any(
             isinstance(other, GrassmannHead) and other.head(pl_module) is head for other in callbacks_of(trainer)
@@ -216,8 +218,9 @@ class GrassmannMonitor(Callback):
         """Fill both metrics by a clean pass: R^2 from sums, the variability from samples of all processes."""
         clean = _share(trainer, loader, "training" if self.data == "train" else "validation")
         r2, variability = self._metrics()
-        kept: tuple[Tensor, Tensor, Tensor] | None = None
-        seen = 0
+        none = torch.zeros(0, dtype=torch.long, device=module.device)
+        kept: list[_Samples] = []
+        seen, held, most = 0, 0, 2**14
         with without_trace(trainer, module):
             for batch in clean_batches(trainer, module, clean):
                 if self._tap is not None:
@@ -225,22 +228,21 @@ class GrassmannMonitor(Callback):
                 run_forward(trainer, module, batch, self.forward)
                 h, t, keep = self._take(batch)
                 index = trainer.global_rank + trainer.world_size * torch.arange(seen, seen + len(h), device=h.device)
-                seen += len(h)
                 r2.update(h[keep], t[keep])
-                usable = keep & h.isfinite().all(1)
-                new = (h[usable], t[usable], index[usable])
-                both = new if kept is None else tuple(torch.cat(pair) for pair in zip(kept, new, strict=True))
-                kept = self._sample(*both)
-        if kept is None:
-            none = torch.zeros(0, dtype=torch.long, device=module.device)
-            kept = (torch.zeros(0, 1, device=module.device), none, none)
-        h, t, _ = self._sample(*gather_samples(*kept))
-        if trainer.global_rank == 0:  # the others add nothing to its sums
-            variability.update(h, t)
+                kept.append((h[keep], t[keep], index[keep]))
+                seen, held = seen + len(h), held + int(keep.sum())
+                if held > most:  # choose from twice what was chosen before, so that all choices cost but little
+                    kept = [self._sample(_joined(kept))]
+                    held = len(kept[0][0])
+                    most = max(most, 2 * held)
+        mine = self._sample(_joined(kept)) if kept else (torch.zeros(0, 1, device=module.device), none, none)
+        h, t, _ = self._sample(gather_samples(*mine))
+        variability.update(h, t)
 
-    def _sample(self, features: Tensor, targets: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _sample(self, samples: "_Samples") -> "_Samples":
         if self.max_samples_per_class is None:
-            return features, targets, indices
+            return samples
+        features, targets, indices = samples
         chosen = sample_of_each_class(targets, self.max_samples_per_class, self.seed, indices)
         return features[chosen], targets[chosen], indices[chosen]
 
@@ -288,6 +290,14 @@ class GrassmannMonitor(Callback):
         self._tap, self._r2, self._variability, self._listens = None, None, None, False
 
 
+_Samples = tuple[Tensor, Tensor, Tensor]  # features, targets, and their numbers in the data set
+
+
+def _joined(parts: list[_Samples]) -> _Samples:
+    features, targets, indices = (torch.cat(column) for column in zip(*parts, strict=True))
+    return features, targets, indices
+
+
 def draw_angles(angles: Tensor) -> Any:
     """Histograms of the smallest, the middle and the largest principal angle of each pair, ``(P, k)`` in degrees."""
     from matplotlib.figure import Figure
@@ -299,7 +309,6 @@ def draw_angles(angles: Tensor) -> Any:
     shown = {0: "smallest", (k - 1) // 2: "middle", k - 1: "largest"} if k > 2 else {0: "smallest", k - 1: "largest"}
     for number, (place, title) in enumerate(shown.items()):
         values = angles[:, place].numpy()
-        title = title if k > 1 else None
         style: dict[str, Any] = {"color": COLOURS[number], "linewidth": 1.3, "linestyle": ("-", "--", ":")[number]}
         axes.hist(
             values,
@@ -307,7 +316,7 @@ def draw_angles(angles: Tensor) -> Any:
             range=(0, 90),
             weights=[100 / len(values)] * len(values),
             histtype="step",
-            label=title,
+            label=title if k > 1 else None,
             **style,
         )
     axes.set_xlabel("principal angle between class subspaces (degrees)", fontsize=8)

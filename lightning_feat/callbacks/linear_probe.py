@@ -4,6 +4,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
@@ -120,18 +121,28 @@ class LinearProbe(Callback):
             held = hold_out(features["train"][1])
             (h, t) = features["train"]
             features.update(train=(h[~held], t[~held]), val=(h[held], t[held]))
-        train, val, test = (features[name] for name in ("train", "val", "test"))
-        self.result = linear_probe(*train, *val, *test, scaling=self.scaling, penalties=self.penalties)
+        accuracy = self._probe(trainer, features)
         method = f"linear_probe_{self.name}" if self.name else "linear_probe"
-        accuracy = self.result.accuracy.to(pl_module.device, torch.float32)
         # All processes fitted the same features; sync_dist only spares the reader a warning from Lightning.
-        pl_module.log(f"{method}/accuracy/{self.tap.label}", accuracy, sync_dist=True)
+        pl_module.log(f"{method}/accuracy/{self.tap.label}", accuracy.to(pl_module.device).float(), sync_dist=True)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.tap.remove()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.tap.remove()  # after an exception Lightning does not call teardown
+
+    def _probe(self, trainer: Trainer, features: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
+        lost = sum(int((~h.isfinite().all(1)).sum()) for h, _ in features.values())
+        if lost:  # the run has diverged, which is no reason to end it
+            rank_zero_warn(
+                f"{self.state_key}: {lost} features in epoch {trainer.current_epoch} were NaN or inf; the accuracy is "
+                "nan."
+            )
+            return torch.tensor(torch.nan)
+        train, val, test = (features[name] for name in ("train", "val", "test"))
+        self.result = linear_probe(*train, *val, *test, scaling=self.scaling, penalties=self.penalties)
+        return self.result.accuracy
 
     def _parts(self, trainer: Trainer, val_may_be_missing: bool = False) -> dict[str, Any]:
         """Loaders by the name of their part: train and test, and val where the penalty has data of its own."""

@@ -31,7 +31,8 @@ from lightning_feat.optim.subspace_rules import move_by_adam, move_by_momentum
 
 Update: TypeAlias = Literal["auto", "displacement", "momentum", "adam"]
 
-_BUFFER, _SQUARES, _STEPS = "subspace_momentum", "subspace_squares", "subspace_steps"
+_BUFFER, _SQUARES, _STEPS, _COUNT = "subspace_momentum", "subspace_squares", "subspace_steps", "subspace_count"
+_REPAIR_EVERY = 8  # steps; between repairs rounding leaves float32 bases orthonormal to 2e-6
 _COUPLED = ("SGD", "Adam", "NAdam", "RAdam", "Adamax", "Adagrad", "Adadelta", "ASGD", "RMSprop", "RMSpropTF")
 # Their state holds weights, not gradients, or they evaluate the loss inside the step, at points that are off the
 # manifold.
@@ -131,16 +132,23 @@ class SubspaceStep:
             moved, start = local_part(basis), self._start[basis]
             if not moved.numel():
                 continue  # FSDP2 may leave a process without a class
-            if self.update == "displacement":
-                geodesic_(moved, start, factor=self.lr_factor)
-            elif basis.grad is not None:
-                self._own_step(basis, moved, start, group)
+            if basis.grad is None:
+                moved.copy_(start)  # it may still have been decayed
+                continue
+            state = self.optimizer.state[basis]  # the optimizer's own, so that it is saved and restored with the rest
+            if self.update != "displacement":
+                self._move(basis, moved, start, group, state)
+            count = state[_COUNT] = state.get(_COUNT, 0) + 1
+            factor = self.lr_factor if self.update == "displacement" else 1.0
+            geodesic_(moved, start, factor=factor, repair=count % _REPAIR_EVERY == 1)
         self._between = False
         self.steps += 1
 
-    def _own_step(self, basis: nn.Parameter, moved: Tensor, start: Tensor, group: dict[str, Any]) -> None:
+    def _move(
+        self, basis: nn.Parameter, moved: Tensor, start: Tensor, group: dict[str, Any], state: dict[str, Any]
+    ) -> None:
+        """Put the displacement of one of our own rules in the place of the optimizer's."""
         gradient = local_part(basis.grad).to(moved.dtype)  # type: ignore[arg-type]
-        state = self.optimizer.state[basis]  # the optimizer's own, so that it is saved and restored with the rest
         rate = self.lr * self.lr_factor * float(group["lr"]) / self._peak_rate(group)
         # A fused optimizer is called also where fp16 gradients are infinite, and skips the step inside its kernel.
         skipped = getattr(self.optimizer, "found_inf", None)
@@ -156,7 +164,6 @@ class SubspaceStep:
             squares, steps = local_part(state[_SQUARES]), state[_STEPS]
             moments = self.momentum, self.second_momentum
             move_by_adam(moved, start, gradient, buffer, squares, steps, rate, *moments, skipped)
-        geodesic_(moved, start)
 
     def _peak_rate(self, group: dict[str, Any]) -> float:
         peak = group.get("max_lr", group.get("initial_lr", self._peak.get(id(group), self.optimizer.defaults["lr"])))
