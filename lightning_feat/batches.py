@@ -59,15 +59,14 @@ def class_indices(targets: Tensor, num_samples: int, where: str = "the targets")
         hint = "soft labels of shape (N, C)" if targets.ndim == 2 else f"{targets.dtype}"
         raise ValueError(
             f"{where} are {hint}, but integer class indices are needed (rounding would hide an error): give a "
-            "target_key that "
-            "leads to class indices, for example a function such as `lambda batch: batch[1].argmax(1)`."
+            "target_key that leads to class indices, for example a function such as `lambda batch: "
+            "batch[1].argmax(1)`."
         )
     flat = targets.reshape(-1)
     if flat.numel() == 0 or num_samples % flat.numel():
         raise ValueError(
-            f"{where} have shape {tuple(targets.shape)}, which does not fit {num_samples} samples of features: "
-            "choose a pooling "
-            "('tokens' where each token has a target), or a target_key that leads to one target per sample."
+            f"{where} have shape {tuple(targets.shape)}, which does not fit {num_samples} samples of features: choose "
+            "a pooling ('tokens' where each token has a target), or a target_key that leads to one target per sample."
         )
     return flat.long().repeat(num_samples // flat.numel())
 
@@ -94,9 +93,8 @@ def _guess(batch: Any) -> Any:
     if len(found) != 1:
         what = "no targets" if not found else "several entries that could be the targets"
         raise ValueError(
-            f"found {what} in a batch of {_describe(batch)}: set target_key to a position, a key, an attribute, "
-            "or a function "
-            "of the batch."
+            f"found {what} in a batch of {_describe(batch)}: set target_key to a position, a key, an attribute, or a "
+            "function of the batch."
         )
     return found[0]
 

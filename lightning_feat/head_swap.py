@@ -62,9 +62,8 @@ class HeadSwap:
             return
         if not isinstance(old, nn.Linear):
             raise ValueError(
-                f"the classifier {name} is a {type(old).__name__}, not an nn.Linear, so {self.owner} cannot "
-                "replace it: "
-                "name the Linear that makes the logits (argument `layer`), or build the module with a "
+                f"the classifier {name} is a {type(old).__name__}, not an nn.Linear, so {self.owner} cannot replace "
+                "it: name the Linear that makes the logits (argument `layer`), or build the module with a "
                 f"{self.kind.__name__}."
             )
         if hasattr(old.weight, "placements"):

@@ -251,13 +251,10 @@ class _Engine:
     def _refuse_bare_backward(self, module: LightningModule) -> None:
         if self.waiting and not self.ever_joined:  # later a step may leave out its backward on purpose
             raise RuntimeError(
-                f"the loss terms {', '.join(self.waiting)} never reached a loss: {type(module).__name__} uses "
-                "manual optimization "
-                f"but called self.manual_backward {self.backwards} times in its step. Call "
-                "self.manual_backward(loss) in place of "
-                "loss.backward(), set backward_index, or derive the module from "
-                "lightning_feat.mixins.LossTermsMixin and "
-                "add self.loss_terms() to the loss."
+                f"the loss terms {', '.join(self.waiting)} never reached a loss: {type(module).__name__} uses manual "
+                f"optimization but called self.manual_backward {self.backwards} times in its step. Call "
+                "self.manual_backward(loss) in place of loss.backward(), set backward_index, or derive the module "
+                "from lightning_feat.mixins.LossTermsMixin and add self.loss_terms() to the loss."
             )
 
     def _log(

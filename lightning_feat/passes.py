@@ -36,17 +36,23 @@ def clean_loader(trainer: Trainer, loader: Any, name: str) -> DataLoader[Any]:
         name: of the loader, for errors.
 
     Raises:
-        ValueError: if it is something else: then the samples of a process cannot be told.
+        ValueError: if it is something else: then the samples of a process cannot be told. Under FSDP2 also where the
+            shares are uneven: there the processes must run in step.
     """
+    loader = loader[0] if isinstance(loader, list) and len(loader) == 1 else loader
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         what = type(loader).__name__ if not isinstance(loader, DataLoader) else "a DataLoader over an IterableDataset"
         raise ValueError(
             f"a pass over the {name} data needs one DataLoader over a map-style data set, got {what}: choose the "
-            "online mode, which "
-            "sees the batches as they pass."
+            "online mode, which sees the batches as they pass."
         )
     dataset = loader.dataset
     size = len(dataset) if isinstance(dataset, Sized) else 0
+    if size % trainer.world_size and type(trainer.strategy).__name__ == "ModelParallelStrategy":
+        raise ValueError(
+            f"under FSDP2 every process must run equally many batches, but {size} samples of the {name} data do not "
+            f"divide by {trainer.world_size} processes: use the online mode."
+        )
     share = Subset(dataset, range(trainer.global_rank, size, trainer.world_size)) if trainer.world_size > 1 else dataset
     return DataLoader(
         share,
@@ -76,6 +82,12 @@ def without_trace(trainer: Trainer, module: LightningModule) -> Iterator[None]:
         trainer.state.stage = stage
         for part, training in modes:
             part.training = training
+
+
+def is_last_epoch(trainer: Trainer) -> bool:
+    """Whether no epoch follows the one that ends: by ``max_epochs``, ``max_steps``, or a callback that stopped it."""
+    by_steps = 0 <= trainer.max_steps <= trainer.global_step
+    return trainer.current_epoch + 1 == trainer.max_epochs or by_steps or trainer.should_stop
 
 
 def clean_batches(trainer: Trainer, module: LightningModule, loader: DataLoader[Any]) -> Iterator[Any]:

@@ -94,16 +94,15 @@ class FeatureTap:
         heard, ear.heard = ear.heard, []
         if not heard:
             raise TapError(
-                f"the layer {self.layer or '(classifier)'} did not run in this batch, so there are no features. "
-                "Is its weight used "
-                "functionally (F.linear(x, layer.weight)), or is it skipped in this step? Name a layer that is called."
+                f"the layer {self.layer or '(classifier)'} did not run in this batch, so there are no features. Is its "
+                "weight used functionally (F.linear(x, layer.weight)), or is it skipped in this step? Name a layer "
+                "that is called."
             )
         for entry in heard:
             if not isinstance(entry, Tensor):
                 raise TapError(
                     f"the {self.read} of layer {self.layer or '(classifier)'} is a {type(entry).__name__}, not a "
-                    "tensor: name a "
-                    "layer that gives a tensor, or read='input' of the layer that follows."
+                    "tensor: name a layer that gives a tensor, or read='input' of the layer that follows."
                 )
         return torch.cat([pool(entry, self.pooling, where=f"layer {self.label}") for entry in heard])
 

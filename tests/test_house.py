@@ -24,11 +24,13 @@ BELOW = {  # what of ours each room may import
     "taps": {"heads"},
     "labelled_taps": {"batches", "heads", "taps"},
     "passes": {"batches"},
+    "processes": {"functional"},
     "loss_terms": {"own_parameters", "batches", "taps", "wraps"},
     "__main__": set(),
     "__init__": set(),
 }
-JOINTS = {"wraps", "batches", "heads", "head_swap", "own_parameters", "taps", "labelled_taps", "passes", "loss_terms"}
+JOINTS = {"wraps", "batches", "heads", "head_swap", "own_parameters", "taps", "labelled_taps", "loss_terms"}
+JOINTS |= {"passes", "processes"}
 BELOW["callbacks"] = {"callbacks", "metrics", *BELOW["optim"], *JOINTS}
 BELOW["mixins"] = {"mixins", "metrics", *BELOW["optim"], *JOINTS}
 FOREIGN = {  # what of others, beside the standard library, a room may import at the top of a file

@@ -16,6 +16,7 @@ from lightning_feat.head_swap import HeadSwap, named_or_found, take_places
 from lightning_feat.layers.grassmann import GrassmannLinear, local_part
 from lightning_feat.optim.grassmann import SubspaceStep, Update, follow_subspaces
 from lightning_feat.own_parameters import optimizers_in
+from lightning_feat.processes import full_tensor
 from lightning_feat.wraps import add_link, remove_link
 
 _LOST = 1e-2  # orthonormality error that no rounding explains
@@ -101,9 +102,8 @@ class GrassmannHead(Callback):
         basis = self.head(pl_module).basis
         if basis.requires_grad and not any(step.holds(basis) for step in self.steps.values()):
             raise RuntimeError(
-                f"no optimizer trains the class subspaces of {self._label(pl_module)}: give configure_optimizers "
-                "the parameters "
-                "of the classifier as well."
+                f"no optimizer trains the class subspaces of {self._label(pl_module)}: give configure_optimizers the "
+                "parameters of the classifier as well."
             )
         self._batches_to_watch = _WATCHED_BATCHES
 
@@ -121,8 +121,7 @@ class GrassmannHead(Callback):
         label, error = self._label(pl_module), self._error(pl_module)
         self._check(pl_module, error)
         pl_module.log(f"grassmann/orthonormality_error/{label}", error, sync_dist=True, reduce_fx="max")
-        basis: Any = self.head(pl_module).basis.detach()
-        basis = basis.full_tensor() if hasattr(basis, "full_tensor") else basis
+        basis = full_tensor(self.head(pl_module).basis)
         if len(basis) > 1:
             angle = pairwise_principal_angles(basis)[:, 0].min().rad2deg().float()
             pl_module.log(f"grassmann/smallest_angle/{label}", angle, sync_dist=True)
@@ -178,10 +177,8 @@ class GrassmannHead(Callback):
             names = ", ".join(type(optimizer).__name__ for optimizer in self.steps) or "no optimizer"
             raise RuntimeError(
                 f"the class subspaces of {self._label(pl_module)} left the manifold (orthonormality error "
-                f"{float(error):.2g}; "
-                f"followed: {names}). Something moves them outside optimizer.step(), or wraps an optimizer "
-                "without calling "
-                "its hooks, as Lookahead does: use the optimizer inside, or another."
+                f"{float(error):.2g}; followed: {names}). Something moves them outside optimizer.step(), or wraps an "
+                "optimizer without calling its hooks, as Lookahead does: use the optimizer inside, or another."
             )
 
     def follow(self, pl_module: LightningModule, optimizers: list[Optimizer]) -> None:

@@ -8,22 +8,19 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch import Tensor
-from torch.utils.data import DistributedSampler
 
 from lightning_feat.batches import TargetKey, class_indices, targets_of
 from lightning_feat.callbacks.curves import COLOURS, DOTS_PER_INCH, show_in_tensorboard
 from lightning_feat.callbacks.grassmann import GrassmannHead
-from lightning_feat.callbacks.linear_probe import gather_samples, is_last_epoch
-from lightning_feat.callbacks.neural_collapse import _full, _share
 from lightning_feat.callbacks.twins import callbacks_of, refuse_twin
 from lightning_feat.functional.class_separation import sample_of_each_class
-from lightning_feat.functional.class_sums import repeated_by_sampler
 from lightning_feat.functional.grassmann import orthonormality_error
 from lightning_feat.heads import find_classifier
 from lightning_feat.layers.grassmann import GrassmannLinear
 from lightning_feat.metrics.class_separation import ClassSeparation, WithinClassVariability
 from lightning_feat.metrics.grassmann import subspace_angles, subspace_distances
-from lightning_feat.passes import Forward, clean_batches, run_forward, without_trace
+from lightning_feat.passes import Forward, clean_batches, clean_loader, is_last_epoch, run_forward, without_trace
+from lightning_feat.processes import full_tensor, gather_samples, repeated_rows
 from lightning_feat.taps import FeatureTap, Pooling, TapError, find_layer
 
 
@@ -103,11 +100,12 @@ class GrassmannMonitor(Callback):
     def state_key(self) -> str:
         return f"GrassmannMonitor[{self.layer or 'classifier'}]"
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"start": self.start}
+    # Not by state_dict: of two stateful callbacks with one key Lightning complains before refuse_twin can say why.
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint[self.state_key] = self.start
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.start = state_dict["start"]
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.start = checkpoint.get(self.state_key)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         refuse_twin(trainer, self)
@@ -141,7 +139,7 @@ class GrassmannMonitor(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.start is None:  # not in on_fit_start: with some strategies a checkpoint is loaded after it
-            self.start = _full(self._find(pl_module)[1].basis).cpu().clone()
+            self.start = full_tensor(self._find(pl_module)[1].basis).cpu().clone()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._listens = self.mode == "online" and self._is_due(trainer)
@@ -167,14 +165,14 @@ class GrassmannMonitor(Callback):
             if any(metric.update_count for metric in self._metrics()):
                 return  # a step may skip the network now and then
             raise
-        repeated = _repeated(trainer, features, batch_idx)
+        repeated = repeated_rows(trainer, batch_idx, len(features), features.device)
         for metric in self._metrics():
             metric.update(features[keep], targets[keep], None if repeated is None else repeated[keep])
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not (self._is_due(trainer) or is_last_epoch(trainer)):
             return
-        basis = _full(self._find(pl_module)[1].basis)
+        basis = full_tensor(self._find(pl_module)[1].basis)
         if self.start is not None:
             distances = subspace_distances(basis, self.start)
             self._log(pl_module, "distance_from_start_mean", distances.mean())
@@ -216,7 +214,7 @@ class GrassmannMonitor(Callback):
 
     def _measure(self, trainer: Trainer, module: LightningModule, loader: Any) -> None:
         """Fill both metrics by a clean pass: R^2 from sums, the variability from samples of all processes."""
-        clean = _share(trainer, loader, "training" if self.data == "train" else "validation")
+        clean = clean_loader(trainer, loader, "training" if self.data == "train" else "validation")
         r2, variability = self._metrics()
         none = torch.zeros(0, dtype=torch.long, device=module.device)
         kept: list[_Samples] = []
@@ -328,15 +326,3 @@ def draw_angles(angles: Tensor) -> Any:
     if k > 1:
         axes.legend(loc="upper left", frameon=False, fontsize=7)
     return figure
-
-
-def _repeated(trainer: Trainer, features: Tensor, batch_idx: int) -> Tensor | None:
-    """Mask of the samples that the sampler of this run repeats; None where there is none, or a sample is not a row."""
-    loader = trainer.train_dataloader
-    sampler, batch_size = getattr(loader, "sampler", None), getattr(loader, "batch_size", None)
-    if type(sampler) is not DistributedSampler or sampler.drop_last or batch_size is None:
-        return None
-    size = len(sampler.dataset)  # type: ignore[arg-type]
-    where = trainer.global_rank, trainer.world_size, size
-    rows = len(features)
-    return repeated_by_sampler(batch_idx * batch_size, rows, *where, features.device) if rows <= batch_size else None

@@ -2,20 +2,18 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-import torch.distributed
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import DataLoader
-from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lightning_feat.batches import TargetKey, class_indices, targets_of
-from lightning_feat.callbacks.neural_collapse import _share
 from lightning_feat.callbacks.twins import refuse_twin
 from lightning_feat.functional.linear_probe import PENALTIES, LinearProbeResult, Scaling, hold_out, linear_probe
-from lightning_feat.passes import Forward, clean_batches, run_forward, without_trace
+from lightning_feat.passes import Forward, clean_batches, clean_loader, is_last_epoch, run_forward, without_trace
+from lightning_feat.processes import gather_samples
 from lightning_feat.taps import FeatureTap, Pooling, Read
 
 _Loaders = dict[Literal["train", "val", "test"], Any]
@@ -108,13 +106,13 @@ class LinearProbe(Callback):
         # are not there yet.
         late = trainer.val_dataloaders is None and trainer.check_val_every_n_epoch != 1
         for name, loader in self._parts(trainer, val_may_be_missing=late).items():
-            _share(trainer, loader, name)
+            clean_loader(trainer, loader, name)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._is_due(trainer):
             return
         features = {
-            name: self._read(trainer, pl_module, _share(trainer, loader, name))
+            name: self._read(trainer, pl_module, clean_loader(trainer, loader, name))
             for name, loader in self._parts(trainer).items()
         }
         if "val" not in features:
@@ -183,23 +181,6 @@ class LinearProbe(Callback):
         if self.every_n_epochs is not None and epoch % self.every_n_epochs == 0:
             return True
         return is_last_epoch(trainer)
-
-
-def is_last_epoch(trainer: Trainer) -> bool:
-    """Whether no epoch follows the one that ends: by ``max_epochs``, ``max_steps``, or a callback that stopped it."""
-    by_steps = 0 <= trainer.max_steps <= trainer.global_step
-    return trainer.current_epoch + 1 == trainer.max_epochs or by_steps or trainer.should_stop
-
-
-def gather_samples(features: Tensor, targets: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The samples of all processes in ascending order of their indices; the processes may hold unequal numbers."""
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return features, targets, indices
-    columns = [gather_all_tensors(column) for column in (features, targets, indices)]
-    # A process without a sample does not know how wide a feature is.
-    h, t, index = (torch.cat([part for part in column if len(part)] or [*column[:1]]) for column in columns)
-    order = index.argsort()
-    return h[order], t[order], index[order]
 
 
 def _loaders_of(trainer: Trainer, data: LightningDataModule) -> _Loaders:

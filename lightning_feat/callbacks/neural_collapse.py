@@ -5,15 +5,16 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader
 
 from lightning_feat.batches import TargetKey, targets_of
 from lightning_feat.callbacks.twins import refuse_twin
-from lightning_feat.functional.class_sums import GlobalMean, repeated_by_sampler
+from lightning_feat.functional.class_sums import GlobalMean
 from lightning_feat.labelled_taps import Heard, LabelledTaps
 from lightning_feat.layers.grassmann import GrassmannLinear
 from lightning_feat.metrics.neural_collapse import NeuralCollapse
 from lightning_feat.passes import Forward, clean_batches, clean_loader, run_forward, without_trace
+from lightning_feat.processes import full_tensor, repeated_rows
 from lightning_feat.taps import Pooling, Read, TapError
 
 DEFAULT_MEASURES = (
@@ -159,7 +160,7 @@ class NeuralCollapseMonitor(Callback):
 
     def _measure(self, trainer: Trainer, module: LightningModule, loader: Any, name: str, method: str) -> None:
         """The exact mode: one pass for the sums, and what needs the class means from kept features or a second pass."""
-        clean = _share(trainer, loader, name)
+        clean = clean_loader(trainer, loader, name)
         metrics: dict[str, NeuralCollapse] = {}
         kept: list[Heard] | None = []
         free = self.memory_budget_mb * 2**20
@@ -176,8 +177,7 @@ class NeuralCollapseMonitor(Callback):
                     kept = None
                     rank_zero_info(
                         f"neural collapse: the features of the {name} data exceed "
-                        f"memory_budget_mb={self.memory_budget_mb:g}, so "
-                        "the network runs over them twice."
+                        f"memory_budget_mb={self.memory_budget_mb:g}, so the network runs over them twice."
                     )
             self._complete(trainer, module, metrics)
             for metric in metrics.values():
@@ -227,18 +227,19 @@ class NeuralCollapseMonitor(Callback):
         if self.taps.feeds.get(label, False) and self.taps.head is not None:
             head = self.taps.head[1]
             if isinstance(head, GrassmannLinear):
-                metric.set_classifier(basis=_full(head.basis))
+                metric.set_classifier(basis=full_tensor(head.basis))
             elif isinstance(head, nn.Linear):
-                metric.set_classifier(weight=_full(head.weight), bias=None if head.bias is None else _full(head.bias))
+                metric.set_classifier(
+                    weight=full_tensor(head.weight), bias=None if head.bias is None else full_tensor(head.bias)
+                )
         values = metric.compute()
         lost = int(values.pop("nonfinite_samples"))
         if lost and not self._warned:
             self._warned = True
             share = lost / (lost + float(metric.counts.sum()) * trainer.world_size)
             rank_zero_warn(
-                f"neural collapse: {share:.1%} of the features of layer {label} in epoch {trainer.current_epoch} "
-                "were NaN or inf and "
-                "are left out of the measures."
+                f"neural collapse: {share:.1%} of the features of layer {label} in epoch {trainer.current_epoch} were "
+                "NaN or inf and are left out of the measures."
             )
         for name, value in values.items():
             if any(fnmatchcase(name, pattern) for pattern in self.measures):
@@ -254,40 +255,12 @@ class NeuralCollapseMonitor(Callback):
         return epoch % self.every_n_epochs == 0
 
     def _repeated(self, trainer: Trainer, num_samples: int, batch: Any, batch_idx: int) -> Tensor | None:
-        """Which samples of this batch a distributed sampler has put in twice; None where that is not so, or not
-        known.
-        """
-        loader = trainer.train_dataloader
-        sampler = getattr(loader, "sampler", None)
-        batch_size = getattr(loader, "batch_size", None)
-        if type(sampler) is not DistributedSampler or sampler.drop_last or batch_size is None:
-            return None
+        """Which samples of this batch the sampler repeats; None where that is not so, or not known."""
         targets = targets_of(batch, self.taps.target_key)
         if num_samples != len(targets):
             return None  # several views or tokens of a sample, or samples that are ignored
-        size = len(sampler.dataset)  # type: ignore[arg-type]
-        where = trainer.global_rank, trainer.world_size, size
-        return repeated_by_sampler(batch_idx * batch_size, num_samples, *where, targets.device)
+        return repeated_rows(trainer, batch_idx, num_samples, targets.device)
 
     def _let_go(self) -> None:
         self.taps.remove()
         self._online = {}
-
-
-def _full(parameter: Tensor) -> Tensor:
-    data: Any = parameter.detach()
-    full: Tensor = data.full_tensor() if hasattr(data, "full_tensor") else data
-    return full
-
-
-def _share(trainer: Trainer, loader: Any, name: str) -> DataLoader[Any]:
-    loader = loader[0] if isinstance(loader, list) and len(loader) == 1 else loader
-    clean = clean_loader(trainer, loader, name)
-    uneven = len(loader.dataset) % trainer.world_size
-    if uneven and type(trainer.strategy).__name__ == "ModelParallelStrategy":
-        raise ValueError(
-            f"under FSDP2 every process must run equally many batches, but {len(loader.dataset)} samples do not "
-            "divide by "
-            f"{trainer.world_size} processes: use the online mode."
-        )
-    return clean

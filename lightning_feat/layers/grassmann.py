@@ -60,9 +60,8 @@ class GrassmannLinear(nn.Module):
             raise ValueError(f"num_classes={num_classes}: there must be at least one class.")
         if not 1 <= subspace_dim <= in_features:
             raise ValueError(
-                f"subspace_dim={subspace_dim} must lie between 1 and the width of the features, {in_features}; "
-                "the paper uses 8 "
-                "of 384 to 2048."
+                f"subspace_dim={subspace_dim} must lie between 1 and the width of the features, {in_features}; the "
+                "paper uses 8 of 384 to 2048."
             )
         if not scale > 0:
             raise ValueError(f"scale={scale} must be positive.")
@@ -138,9 +137,8 @@ class GrassmannLinear(nn.Module):
             error = float(orthonormality_error(exact).max())
             if error > _TOLERANCE:
                 warnings.warn(
-                    f"the loaded {prefix}basis was off the manifold (orthonormality error {error:.1e}) and has "
-                    "been projected: "
-                    "it was averaged, stored in half precision, or trained without Riemannian steps.",
+                    f"the loaded {prefix}basis was off the manifold (orthonormality error {error:.1e}) and has been "
+                    "projected: it was averaged, stored in half precision, or trained without Riemannian steps.",
                     stacklevel=2,
                 )
                 exact = polar_projection(exact)

@@ -201,9 +201,9 @@ def follow_subspaces(
     for cls in type(optimizer).__mro__:
         if any(name in cls.__name__ for name in _CANNOT_FOLLOW):
             raise ValueError(
-                f"class subspaces cannot follow {type(optimizer).__name__}: it moves the weights several times in "
-                "a step, or averages "
-                "them in its state. Use SGD, AdamW, LAMB or another optimizer whose state holds gradients."
+                f"class subspaces cannot follow {type(optimizer).__name__}: it moves the weights several times in a "
+                "step, or averages them in its state. Use SGD, AdamW, LAMB or another optimizer whose state holds "
+                "gradients."
             )
     if update not in get_args(Update):
         raise ValueError(f"update={update!r}: choose one of {', '.join(get_args(Update))}.")

@@ -259,12 +259,12 @@ def test_the_same_monitor_twice_is_refused(tmp_path):
 def ddp_run(folder, processes):
     """All that the monitor, in both modes, and the probe log for 43 samples: one process has one more."""
     values = {}
-    options = {"strategy": DDPStrategy(process_group_backend="gloo"), "devices": 2} if processes == 2 else {}
     for mode in ("online", "exact"):
+        two = {"strategy": DDPStrategy(process_group_backend="gloo"), "devices": 2}  # a strategy serves one trainer
         monitor = GrassmannMonitor(mode=mode, max_samples_per_class=9)
         probe = LinearProbe(test=DataLoader(points(31, 1), 8), train=DataLoader(points(37, 2), 8))
         data = DataLoader(points(43), batch_size=43, shuffle=True)  # one batch on each process
-        run = fit(Path(folder), seeded(lr=0.0), monitor, probe, data=data, **options)
+        run = fit(Path(folder), seeded(lr=0.0), monitor, probe, data=data, **(two if processes == 2 else {}))
         found = {f"{mode} {name}": float(value) for name, value in run.callback_metrics.items() if "/net" in name}
         values |= found | {f"{mode} probe": float(run.callback_metrics["linear_probe/accuracy/penultimate"])}
     return values
