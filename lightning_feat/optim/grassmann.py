@@ -1,17 +1,15 @@
 r"""Let any optimizer train class subspaces: it steps as it likes, and its step is turned into one along the manifold.
 
 A hook before the step copies each basis, a hook after it moves the basis from there along the geodesic, so that
-schedulers, clipping, gradient scaling, accumulation and the optimizer's state dict stay as they are. There are two
+schedulers, clipping, gradient scaling, accumulation and the optimizer's state dict stay as they are. There are three
 rules:
 
 * ``displacement``: the geodesic follows the displacement that the optimizer made. With ``torch.optim.SGD`` this is
-the Riemannian
-  SGD of the paper (Wang, Li, Zhang, ICCV 2023, arXiv 2308.01547), whose momentum buffer is Euclidean and projected at
-  the step.
-* ``momentum``: the geodesic follows a momentum SGD of our own, and what the optimizer made of the basis is dropped.
-It is what the
-  paper does beside AdamW and LAMB: an elementwise second moment is not invariant to the choice of basis, and turns
-  every subspace by about the learning rate whatever the gradient.
+  the Riemannian SGD of the paper (Wang, Li, Zhang, ICCV 2023, arXiv 2308.01547), whose momentum buffer is Euclidean and
+  projected at the step.
+* ``momentum``: the geodesic follows a momentum SGD of our own, and what the optimizer made of the basis is dropped. It
+  is what the paper does beside AdamW and LAMB: an elementwise second moment is not invariant to the choice of basis,
+  and turns every subspace by about the learning rate whatever the gradient.
 * ``adam``: likewise, with one second moment for each class, which is invariant; see ``optim.subspace_rules``.
 
 No weight decay acts on a subspace. Decoupled decay moves a basis inside its own subspace, which is no move; coupled
