@@ -115,13 +115,14 @@ class GrassmannHead(Callback):
     ) -> None:
         if self._batches_to_watch:
             self._batches_to_watch -= 1
-            self._check(pl_module, self._error(pl_module))
+            self._check(pl_module, _error(self.head(pl_module)))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        label, error = self._label(pl_module), self._error(pl_module)
+        label, head = self._named_head(pl_module)  # once: a large module takes a while to search
+        error = _error(head)
         self._check(pl_module, error)
         pl_module.log(f"grassmann/orthonormality_error/{label}", error, sync_dist=True, reduce_fx="max")
-        basis = full_tensor(self.head(pl_module).basis)
+        basis = full_tensor(head.basis)
         if len(basis) > 1:
             angle = pairwise_principal_angles(basis)[:, 0].min().rad2deg().float()
             pl_module.log(f"grassmann/smallest_angle/{label}", angle, sync_dist=True)
@@ -158,19 +159,18 @@ class GrassmannHead(Callback):
 
     def head(self, pl_module: nn.Module) -> GrassmannLinear:
         """The head in ``pl_module``, once it has been put in."""
-        _, head = named_or_found(pl_module, self.layer)
+        return self._named_head(pl_module)[1]
+
+    def _named_head(self, pl_module: nn.Module) -> tuple[str, GrassmannLinear]:
+        label, head = named_or_found(pl_module, self.layer)
         if not isinstance(head, GrassmannLinear):
             raise RuntimeError(
                 f"the classifier is still a {type(head).__name__}: the head comes in by configure_model."
             )
-        return head
+        return label, head
 
     def _label(self, pl_module: nn.Module) -> str:
         return named_or_found(pl_module, self.layer)[0]
-
-    def _error(self, pl_module: nn.Module) -> Tensor:
-        local = local_part(self.head(pl_module).basis)
-        return orthonormality_error(local).amax() if local.numel() else torch.zeros((), device=local.device)
 
     def _check(self, pl_module: LightningModule, error: Tensor) -> None:
         if error > _LOST:
@@ -230,6 +230,11 @@ class _FollowOptimizers:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (_FollowOptimizers, ())
+
+
+def _error(head: GrassmannLinear) -> Tensor:
+    local = local_part(head.basis)
+    return orthonormality_error(local).amax() if local.numel() else torch.zeros((), device=local.device)
 
 
 def _build_head(options: dict[str, Any], old: nn.Linear) -> GrassmannLinear:

@@ -16,6 +16,9 @@ Delta X^T and Delta Delta^T is one Gram matrix of the stacked rows [X; Delta].
 """
 
 import contextlib
+import functools
+import itertools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -103,11 +106,9 @@ def geodesic_(moved: Tensor, start: Tensor, *, factor: float = 1.0, repair: bool
     with full_precision(moved.device):
         for moved_BkD, start_BkD in zip(torch.split(moved, block), torch.split(start, block), strict=True):
             rows_BrD = rows[: len(moved_BkD)]  # r = 2 k: the start above, the displacement below
-            x_BkD, delta_BkD = rows_BrD[:, :k].copy_(start_BkD), rows_BrD[:, k:]
-            torch.sub(moved_BkD, start_BkD, out=delta_BkD)
-            of_start_Bkk, of_delta_Bkk = _end_coefficients(rows_BrD, factor, repair)
-            torch.bmm(of_start_Bkk, x_BkD, out=moved_BkD)
-            moved_BkD.baddbmm_(of_delta_Bkk, delta_BkD, alpha=factor)
+            rows_BrD[:, :k].copy_(start_BkD)
+            torch.sub(moved_BkD, start_BkD, out=rows_BrD[:, k:])
+            torch.bmm(_end_coefficients(rows_BrD, factor, repair), rows_BrD, out=moved_BkD)
     return moved
 
 
@@ -130,31 +131,41 @@ def _may_look(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
-def _end_coefficients(rows_BrD: Tensor, factor: float, repair: bool) -> tuple[Tensor, Tensor]:
-    """Factors (B, k, k) of X and of ``factor * Delta`` in the end; may take what lies along X out of Delta in place."""
+def _end_coefficients(rows_BrD: Tensor, factor: float, repair: bool) -> Tensor:
+    """Factors (B, k, 2 k) of X and of Delta in the end; may take what lies along X out of Delta in place."""
     k = rows_BrD.shape[1] // 2
     delta_BkD = rows_BrD[:, k:]
     gram_Bkr = torch.bmm(delta_BkD, rows_BrD.mT)
-    still_B11 = gram_Bkr[:, :, k:].diagonal(dim1=1, dim2=2).sum(1)[:, None, None] == 0
+    # Bit for bit: a class that stays must not be repaired. NaN is not zero, so it goes on.
+    still_B11 = gram_Bkr[:, :, k:].diagonal(dim1=1, dim2=2).sum(1)[:, None, None] == 0 if repair else None
+    # On an accelerator reading a value would wait for all work before.
+    largest = float(torch.linalg.vector_norm(gram_Bkr, torch.inf)) if _may_look(rows_BrD) else torch.inf
     # H = Delta Delta^T - A A^T cancels where much of Delta lies inside the subspace. There take that part out of Delta
     # before H is formed, at the price of two more products.
-    if not _may_look(rows_BrD) or abs(factor) * float(gram_Bkr[:, :, :k].abs().amax()) > _LARGE_INSIDE:
+    if not abs(factor) * largest <= _LARGE_INSIDE:
         delta_BkD.baddbmm_(gram_Bkr[:, :, :k], rows_BrD[:, :k], alpha=-1)
         gram_Bkr = torch.bmm(delta_BkD, rows_BrD.mT)
     inside_Bkk, outer_Bkk = gram_Bkr[:, :, :k], gram_Bkr[:, :, k:]
-    eye_kk = torch.eye(k, dtype=rows_BrD.dtype, device=rows_BrD.device)
-    repair_Bkk = _inverse_square_root(rows_BrD[:, :k], eye_kk) if repair else None
-    inside_Bkk = (inside_Bkk if repair_Bkk is None else torch.bmm(inside_Bkk, repair_Bkk)) * factor
-    cos_Bkk, sinc_Bkk = cos_and_sinc(torch.baddbmm(outer_Bkk, inside_Bkk, inside_Bkk.mT, beta=factor**2, alpha=-1))
-    of_start_Bkk = torch.baddbmm(cos_Bkk, sinc_Bkk, inside_Bkk, alpha=-1)
-    if repair_Bkk is not None:
-        of_start_Bkk = torch.bmm(of_start_Bkk, repair_Bkk)
-    # Bit for bit: a class that stays must not be turned by rounding, nor repaired. NaN is not zero, so it goes on.
-    return torch.where(still_B11, eye_kk, of_start_Bkk), sinc_Bkk
+    repair_Bkk = _inverse_square_root(rows_BrD[:, :k]) if repair else None
+    inside_Bkk = inside_Bkk if repair_Bkk is None else torch.bmm(inside_Bkk, repair_Bkk)
+    inside_Bkk = inside_Bkk if factor == 1 else inside_Bkk * factor
+    h_Bkk = torch.baddbmm(outer_Bkk, inside_Bkk, inside_Bkk.mT, beta=factor**2, alpha=-1)
+    # In a usual step nothing is to be halved or doubled: the norm of H is at most its trace, and that k times the peak.
+    is_small = factor**2 * k * largest <= 1
+    ends_Bkr = _series(h_Bkk) if is_small else torch.cat(cos_and_sinc(h_Bkk), 2)
+    of_start_Bkk, of_delta_Bkk = ends_Bkr[:, :, :k], ends_Bkr[:, :, k:]
+    of_start_Bkk.baddbmm_(of_delta_Bkk, inside_Bkk, alpha=-1)
+    if repair_Bkk is not None and still_B11 is not None:
+        eye_kk = torch.eye(k, dtype=rows_BrD.dtype, device=rows_BrD.device)
+        of_start_Bkk.copy_(torch.where(still_B11, eye_kk, torch.bmm(of_start_Bkk, repair_Bkk)))
+    if factor != 1:
+        of_delta_Bkk.mul_(factor)
+    return ends_Bkr
 
 
-def _inverse_square_root(x_BkD: Tensor, eye_kk: Tensor) -> Tensor:
+def _inverse_square_root(x_BkD: Tensor) -> Tensor:
     """``(X X^T)^(-1/2)`` of nearly orthonormal rows, to third order in their error."""
+    eye_kk = torch.eye(x_BkD.shape[1], dtype=x_BkD.dtype, device=x_BkD.device)
     error_Bkk = torch.bmm(x_BkD, x_BkD.mT) - eye_kk
     return torch.baddbmm(eye_kk - 0.5 * error_Bkk, error_Bkk, error_Bkk, alpha=0.375)
 
@@ -181,12 +192,13 @@ def cos_and_sinc(h: Tensor) -> tuple[Tensor, Tensor]:
     # Detached: the number of doublings is constant, but the gradient of log2 at zero would make NaN of that.
     norm_B11 = torch.linalg.vector_norm(h.detach(), dim=(1, 2), keepdim=True)
     if _may_look(h) and bool((norm_B11 <= 1).all()):  # angles of a usual step: nothing to halve or double
-        return _series(h)
+        cos, sinc = _series(h).tensor_split(2, -1)
+        return cos, sinc
     most = _MAX_DOUBLINGS[h.dtype]
     doublings_B11 = (0.5 * norm_B11.log2()).ceil().clamp(min=0)
     doublings_B11 = torch.where(doublings_B11 > most, torch.nan, doublings_B11)
     h = h * torch.exp2(-2 * doublings_B11)
-    cos, sinc = _series(h)
+    cos, sinc = _series(h).tensor_split(2, -1)
     eye = torch.eye(h.shape[-1], dtype=h.dtype, device=h.device)
     for done in range(int(doublings_B11.nan_to_num().max()) if _may_look(h) else most):
         going_B11 = doublings_B11 > done
@@ -199,12 +211,21 @@ def cos_and_sinc(h: Tensor) -> tuple[Tensor, Tensor]:
     return cos, sinc
 
 
-def _series(h: Tensor) -> tuple[Tensor, Tensor]:
-    """Both functions for norms up to 1, by Horner's rule."""
-    eye, degree = torch.eye(h.shape[-1], dtype=h.dtype, device=h.device), _DEGREE[h.dtype]
-    # 1 - H / 2 (1 - H / 12 (...)): the innermost factor multiplies the identity, so it is a sum and not a product.
-    cos, sinc = (torch.add(eye, h, alpha=-1 / (2 * degree * (2 * degree + sign))) for sign in (-1, 1))
-    for n in range(degree - 1, 0, -1):
-        cos = torch.baddbmm(eye, h, cos, alpha=-1 / (2 * n * (2 * n - 1)))
-        sinc = torch.baddbmm(eye, h, sinc, alpha=-1 / (2 * n * (2 * n + 1)))
-    return cos, sinc
+def _series(h: Tensor) -> Tensor:
+    """Both functions side by side, ``(B, k, 2 k)``, for norms up to 1, by Horner's rule."""
+    *rest, last = _series_terms(h.shape[-1], h.dtype, h.device)
+    both = last.expand(len(h), -1, -1)
+    for term in reversed(rest):
+        both = torch.baddbmm(term, h, both)
+    return both
+
+
+@functools.lru_cache(maxsize=8)
+def _series_terms(k: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """Of each power of H the two coefficients, times the identity, ``(k, 2 k)``: made once, they save small kernels."""
+    with torch.inference_mode(False):
+        eye = torch.eye(k, dtype=torch.float64)
+        return [
+            torch.cat([sign * eye / math.factorial(2 * n), sign * eye / math.factorial(2 * n + 1)], 1).to(device, dtype)
+            for n, sign in zip(range(_DEGREE[dtype] + 1), itertools.cycle((1, -1)))
+        ]

@@ -27,6 +27,7 @@ from lightning_feat.functional.grassmann import geodesic_
 from lightning_feat.layers.grassmann import GrassmannLinear, local_part
 from lightning_feat.optim.subspace_rules import move_by_adam, move_by_momentum
 
+_Held: TypeAlias = tuple[nn.Parameter, dict[str, Any]]  # a basis, and the group that trains it
 Update: TypeAlias = Literal["auto", "displacement", "momentum", "adam"]
 
 _BUFFER, _SQUARES, _STEPS, _COUNT = "subspace_momentum", "subspace_squares", "subspace_steps", "subspace_count"
@@ -85,42 +86,43 @@ class SubspaceStep:
             handle.remove()
         self._start.clear()
 
-    def _held(self) -> list[tuple[nn.Parameter, dict[str, Any]]]:
+    def _held(self) -> list[_Held]:
         bases = {head.basis for head in self._heads if head.basis.requires_grad}
         return [(p, group) for group in self.optimizer.param_groups for p in group["params"] if p in bases]
 
     @torch.no_grad()
     def _before(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-        for basis, _group in self._held():
+        held = self._held()
+        for basis, _group in held:
             local = local_part(basis)
             start = self._start.get(basis)
             if start is None or (start.shape, start.dtype, start.device) != (local.shape, local.dtype, local.device):
                 start = self._start[basis] = torch.empty_like(local, memory_format=torch.contiguous_format)
             start.copy_(local)
         self._between = True
-        if self.update != "displacement" or not any(_coupled_decay(self.optimizer, group) for _, group in self._held()):
+        if self.update != "displacement" or not any(_coupled_decay(self.optimizer, group) for _, group in held):
             return None
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
-            self._take_decay_out()
+            self._take_decay_out(held)
             return None
 
         def without_decay() -> Any:  # Lightning computes the gradients in here, and clips them
             loss = closure()
             with torch.no_grad():
-                self._take_decay_out()
+                self._take_decay_out(held)
             return loss
 
         return (args[0],), {**kwargs, "closure": without_decay}
 
-    def _take_decay_out(self) -> None:
+    def _take_decay_out(self, held: list[_Held]) -> None:
         # Under fp16 a fused optimizer unscales inside its step.
         scale = getattr(self.optimizer, "grad_scale", None)
-        for basis, group in self._held():
+        for basis, group in held:
             decay = _coupled_decay(self.optimizer, group)
             if decay and basis.grad is not None:
-                inside = decay * local_part(basis)
-                local_part(basis.grad).sub_(inside if scale is None else inside * scale)
+                local = local_part(basis)
+                local_part(basis.grad).sub_(local if scale is None else local * scale, alpha=decay)
 
     @torch.no_grad()
     def _after(self, *_: Any) -> None:
