@@ -14,14 +14,15 @@ def find_classifier(module: nn.Module) -> tuple[str, nn.Module]:
     """The dotted name and the layer that turns features into logits.
 
     In this order: what timm's ``get_classifier()`` gives; the one layer called ``fc``, ``classifier``, ``heads`` or
-    ``head`` that stands highest (of a container its last ``Linear``); the only ``Linear`` there is.
+    ``head`` that stands highest (of a container its last ``Linear``); the only head of a kind of its own there is, such
+    as a ``GrassmannLinear``; the only ``Linear`` there is.
 
     Raises:
         ValueError: if there is none or more than one; the message lists the candidates.
     """
-    candidates = _timm_classifiers(module) or _by_name(module)
+    candidates = _timm_classifiers(module) or _by_name(module) or _by_kind(module)
     if not candidates:
-        candidates = [(name, part) for name, part in module.named_modules() if isinstance(part, nn.Linear)]
+        candidates = [(_plain(name), part) for name, part in module.named_modules() if isinstance(part, nn.Linear)]
     if len(candidates) == 1:
         return candidates[0]
     found = ", ".join(f"{name} ({type(part).__name__})" for name, part in candidates[-8:])
@@ -54,6 +55,13 @@ def _by_name(module: nn.Module) -> list[tuple[str, nn.Module]]:
             linear = [(n, p) for n, p in part.named_modules(prefix=name) if isinstance(p, nn.Linear)]
             heads.append(linear[-1] if linear else (name, part))
     return [(_plain(name), part) for name, part in heads]
+
+
+def _by_kind(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    leaves = [(name, part) for name, part in module.named_modules() if not [*part.children()]]
+    return [
+        (_plain(name), part) for name, part in leaves if hasattr(part, "num_classes") and hasattr(part, "in_features")
+    ]
 
 
 def _plain(name: str) -> str:

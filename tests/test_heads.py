@@ -5,6 +5,7 @@ from helpers import Plain
 from torch import nn
 
 from lightning_feat.heads import find_classifier, replace_layer
+from lightning_feat.layers import GrassmannLinear, SimplexETF
 
 
 class Holder(nn.Module):
@@ -38,6 +39,12 @@ def test_of_a_container_it_is_the_last_linear():
 def test_the_only_linear_is_the_classifier():
     module = Holder(conv=nn.Conv2d(1, 2, 3), out=nn.Linear(2, 3))
     assert find_classifier(module)[0] == "out"
+
+
+@pytest.mark.parametrize("head", [GrassmannLinear(2, 3, 1), SimplexETF(2, 3)])
+def test_a_head_of_its_own_kind_is_found_by_that(head):
+    module = Holder(body=nn.Linear(2, 2), out=head)
+    assert find_classifier(module) == ("out", head)
 
 
 def test_it_is_found_through_a_compiled_network():

@@ -2,5 +2,6 @@
 
 from lightning_feat.baselines.mlp_classifier import MLPClassifier
 from lightning_feat.baselines.timm_classifier import TimmClassifier
+from lightning_feat.baselines.unconstrained_features import UnconstrainedFeatures
 
-__all__ = ["MLPClassifier", "TimmClassifier"]
+__all__ = ["MLPClassifier", "TimmClassifier", "UnconstrainedFeatures"]

@@ -3,24 +3,31 @@
 A ``*Monitor`` only reads, a ``*Regularizer`` changes the loss.
 """
 
+from lightning_feat.callbacks.collapse_regularizer import NeuralCollapseRegularizer
 from lightning_feat.callbacks.curves import CurvePlotter, Panel
 from lightning_feat.callbacks.grassmann import GrassmannHead
 from lightning_feat.callbacks.grassmann_monitor import GrassmannMonitor
 from lightning_feat.callbacks.history import MetricHistory
 from lightning_feat.callbacks.linear_probe import LinearProbe
 from lightning_feat.callbacks.neural_collapse import NeuralCollapseMonitor
+from lightning_feat.callbacks.regression_collapse import RegressionCollapseMonitor
 from lightning_feat.callbacks.regularizer import FeatureRegularizer, Regularizer
+from lightning_feat.callbacks.simplex import DotRegressionRegularizer, SimplexETFHead
 from lightning_feat.callbacks.summary import SummaryTable
 
 __all__ = [
     "CurvePlotter",
+    "DotRegressionRegularizer",
     "FeatureRegularizer",
     "GrassmannHead",
     "GrassmannMonitor",
     "LinearProbe",
     "MetricHistory",
     "NeuralCollapseMonitor",
+    "NeuralCollapseRegularizer",
     "Panel",
+    "RegressionCollapseMonitor",
     "Regularizer",
+    "SimplexETFHead",
     "SummaryTable",
 ]

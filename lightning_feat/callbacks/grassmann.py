@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_feat.callbacks.twins import callbacks_of, refuse_twin
+from lightning_feat.callbacks.twins import refuse_averaging_before, refuse_twin
 from lightning_feat.functional.grassmann import orthonormality_error
 from lightning_feat.functional.grassmann_angles import pairwise_principal_angles
 from lightning_feat.head_swap import HeadSwap, named_or_found, take_places
@@ -87,7 +87,7 @@ class GrassmannHead(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         refuse_twin(trainer, self)
         self._refuse_strategy(trainer)
-        self._refuse_order(trainer)
+        refuse_averaging_before(trainer, self)
         build = functools.partial(_build_head, self.head_options)
         swap = HeadSwap(self.layer, GrassmannLinear, build, "GrassmannHead", self.fresh_head)
         swap.swap_early(pl_module)
@@ -201,15 +201,6 @@ class GrassmannHead(Callback):
                 f"{name} flattens or offloads parameters, so that class subspaces cannot be followed: use "
                 "strategy='ddp', or FSDP2 by ModelParallelStrategy."
             )
-
-    def _refuse_order(self, trainer: Trainer) -> None:
-        callbacks = callbacks_of(trainer)
-        for callback in callbacks[: callbacks.index(self)]:
-            if any(cls.__name__ in ("WeightAveraging", "StochasticWeightAveraging") for cls in type(callback).__mro__):
-                raise ValueError(
-                    f"{type(callback).__name__} stands before GrassmannHead and would average the old classifier: put "
-                    "GrassmannHead before it in Trainer(callbacks=[...])."
-                )
 
 
 class _FollowOptimizers:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.linalg import matrix_norm
 
 from lightning_feat.functional.class_sums import to_float64
 from lightning_feat.functional.collapse_means import cosine_matrix, gram_error, simplex_gram
@@ -30,6 +31,14 @@ class NonnegativeFrame(NamedTuple):
     margins: Tensor  # (C,) logit of a sample for its own class, less that for any other
     means: Tensor  # (C,) squared norms of the class means, which are orthogonal
     weight_gram: Tensor  # (C, C) inner products of the rows of the classifier
+
+
+class SignedFrame(NamedTuple):
+    """Cross-entropy on features of any sign: inner products at the optimum."""
+
+    logits: Tensor  # (C, C) in row k the logits of a sample of class k; each row sums to zero
+    means: Tensor  # (C, C) inner products of the class means
+    weights: Tensor  # (C, C) inner products of the rows of the classifier
 
 
 def _checked_counts(counts: Tensor, *decays: float) -> Tensor:
@@ -115,6 +124,77 @@ def ce_nonnegative_collapse_count(
 ) -> float:
     """Samples up to which a class collapses to zero in :func:`ce_nonnegative_frame`."""
     return num_samples**2 * weight_decay * feature_decay * num_classes / (num_classes - 1)
+
+
+def ce_frame(
+    counts: Tensor, weight_decay: float, feature_decay: float, max_steps: int = 100_000, tolerance: float = 1e-13
+) -> SignedFrame:
+    r"""Optimum of cross-entropy without bias over features of any sign, ``D >= C``, at any decay and class sizes.
+
+    The loss is that of :func:`ce_nonnegative_frame` without ``h >= 0``. It has no closed form, but the same minimum as
+    a convex problem in the logits: with :math:`Z` the columns of logits of all samples,
+
+    .. math:: \min_{W H = Z} \tfrac{\lambda_W}{2} \lVert W \rVert^2 + \tfrac{\lambda_H}{2} \lVert H \rVert^2
+              = \sqrt{\lambda_W \lambda_H} \, \lVert Z \rVert_* .
+
+    Samples of one class share a column, so that it has ``(C, C)`` unknowns; solved by accelerated proximal steps, each
+    with an SVD of that size. Equal classes give a simplex; with a vanishing decay it tends to :func:`seli_grams`.
+    Source of the convex form: Srebro, Rennie, Jaakkola, "Maximum-margin matrix factorization", NeurIPS 2004.
+
+    Args:
+        counts: ``(C,)`` samples in each class.
+        weight_decay: as there.
+        feature_decay: as there.
+        max_steps: a few hundred do, thousands where the decays are small.
+        tolerance: stop where a step is shorter than this share of the solution.
+
+    Raises:
+        ValueError: if a decay is not above zero, or there is no convergence within ``max_steps``.
+
+    Example:
+        >>> frame = ce_frame(torch.tensor([10, 10, 10]), weight_decay=5e-3, feature_decay=5e-4)
+        >>> cosine_matrix(frame.weights)[0].round(decimals=6)
+        tensor([ 1.0000, -0.5000, -0.5000], dtype=torch.float64)
+    """
+    n_C = _checked_counts(counts, weight_decay, feature_decay)
+    size, price = float(n_C.sum()), math.sqrt(weight_decay * feature_decay)
+    root_C, eye_CC = n_C.sqrt(), torch.eye(len(n_C), dtype=n_C.dtype, device=n_C.device)
+    # Scaled by the roots of the counts, a column of a class stands for all its samples. The curvature of the loss in
+    # these columns is at most 1 / (2 N), so that 2 N is a step that never overshoots.
+    step, momentum = 2 * size, 1.0
+    column_CC = ahead_CC = torch.zeros_like(eye_CC)
+    for _ in range(max_steps):
+        slope_CC = ((ahead_CC / root_C).softmax(0) - eye_CC) * root_C / size
+        left_CR, value_R, right_RC = torch.linalg.svd(ahead_CC - step * slope_CC)
+        value_R = (value_R - step * price).clamp(min=0)
+        new_CC = (left_CR * value_R) @ right_RC
+        moved_CC = new_CC - column_CC
+        if bool(matrix_norm(new_CC - ahead_CC) <= tolerance * matrix_norm(new_CC)):
+            break
+        if bool(((ahead_CC - new_CC) * moved_CC).sum() > 0):  # momentum points uphill: start it anew
+            momentum = 1.0
+        following = (1 + math.sqrt(1 + 4 * momentum**2)) / 2
+        column_CC, ahead_CC = new_CC, new_CC + (momentum - 1) / following * moved_CC
+        momentum = following
+    else:
+        raise ValueError(
+            f"ce_frame did not settle to tolerance={tolerance} in max_steps={max_steps} with decays {weight_decay} and "
+            f"{feature_decay}: allow more steps, or a larger tolerance."
+        )
+    ratio = math.sqrt(feature_decay / weight_decay)
+    weight_CC = ratio * (left_CR * value_R) @ left_CR.T
+    mean_CC = (right_RC.T * value_R) @ right_RC / ratio / torch.outer(root_C, root_C)
+    return SignedFrame((new_CC / root_C).T, mean_CC, weight_CC)
+
+
+def ce_merge_count(num_samples: int, weight_decay: float, feature_decay: float) -> float:
+    r"""Samples up to which classes of one size merge under :func:`ce_frame`: minority collapse, ``N^2 l_W l_H``.
+
+    Two or more classes with that many samples each then have one classifier row and one mean in common. Where they are
+    merged, the slope along their differences is ``sqrt(n) / N``, and the price of a difference
+    ``sqrt(l_W l_H)``; derived here. The effect: Fang, He, Long, Su, PNAS 2021.
+    """
+    return num_samples**2 * weight_decay * feature_decay
 
 
 def seli_grams(counts: Tensor) -> tuple[Tensor, Tensor]:

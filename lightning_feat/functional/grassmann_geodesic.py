@@ -139,7 +139,7 @@ def _end_coefficients(rows_BrD: Tensor, factor: float, repair: bool) -> Tensor:
     # Bit for bit: a class that stays must not be repaired. NaN is not zero, so it goes on.
     still_B11 = gram_Bkr[:, :, k:].diagonal(dim1=1, dim2=2).sum(1)[:, None, None] == 0 if repair else None
     # On an accelerator reading a value would wait for all work before.
-    largest = float(torch.linalg.vector_norm(gram_Bkr, torch.inf)) if _may_look(rows_BrD) else torch.inf
+    largest = float(gram_Bkr.abs().amax()) if _may_look(rows_BrD) else torch.inf
     # H = Delta Delta^T - A A^T cancels where much of Delta lies inside the subspace. There take that part out of Delta
     # before H is formed, at the price of two more products.
     if not abs(factor) * largest <= _LARGE_INSIDE:

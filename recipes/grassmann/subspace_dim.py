@@ -200,30 +200,38 @@ def tables(runs: dict[str, list[dict[str, float]]]) -> str:
 
 
 def draw_figure(runs: dict[str, list[dict[str, float]]], path: Path) -> None:
-    """Each measure against k, with 95 % intervals of the mean; heads without subspaces as horizontal lines."""
+    """Paired differences to vector softmax against k, with 95 % intervals; heads without subspaces as levels."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(MEASURES), figsize=(13, 3.4), layout="constrained")
+    figure, axes = plt.subplots(1, len(MEASURES), figsize=(10, 2.9), layout="constrained")
     swept = [head for head in runs if head in GRASSMANN]
     for axis, (key, (name, factor)) in zip(axes, MEASURES.items(), strict=True):
-        for style, head in zip(("-", "--", ":"), TITLES, strict=True):
+        differences = {
+            head: mean_and_half_width(
+                [factor * (row[key] - base[key]) for row, base in zip(rows, runs["softmax"], strict=True)]
+            )
+            for head, rows in runs.items()
+        }
+        axis.axhline(0, color="black", linewidth=1, label="vector softmax")
+        for colour, style, head in zip(("tab:orange", "tab:green"), ("--", ":"), ("cosine", "smoothing"), strict=True):
             if head in runs:
-                level, half = mean_and_half_width([factor * row[key] for row in runs[head]])
-                axis.axhline(level, color="0.35", linestyle=style, linewidth=1.2, label=title(head))
-                if head == "softmax":
-                    axis.axhspan(level - half, level + half, color="0.88")
-        points = [mean_and_half_width([factor * row[key] for row in runs[head]]) for head in swept]
-        means, halves = [mean for mean, _ in points], [half for _, half in points]
+                level, half = differences[head]
+                axis.axhline(level, color=colour, linestyle=style, linewidth=1.4, label=title(head))
+                axis.axhspan(level - half, level + half, color=colour, alpha=0.12, linewidth=0)
+        means, halves = zip(*(differences[head] for head in swept), strict=True)
         axis.errorbar([GRASSMANN[head] for head in swept], means, halves, fmt="o-", capsize=3, label="Grassmann")
         axis.set_xscale("log", base=2)
         axis.set_xticks(list(GRASSMANN.values()), [str(k) for k in GRASSMANN.values()])
-        axis.set_xlabel("dimensions of a class subspace, k")
-        axis.set_title(name)
-    axes[0].legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+        axis.set_title(name, fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.supxlabel("dimensions of a class subspace, k", fontsize=10)
+    axes[0].set_ylabel("difference to vector softmax")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False, fontsize=9)
+    figure.savefig(path, dpi=150)
     plt.close(figure)
 
 

@@ -6,11 +6,12 @@ from helpers import EMAWeightAveraging, Plain, equal, loader, trainer, weights
 from lightning.pytorch.callbacks import LearningRateMonitor, StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.tuner import Tuner
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from lightning_feat.callbacks import GrassmannHead
+from lightning_feat.callbacks import GrassmannHead, NeuralCollapseMonitor
 from lightning_feat.functional.grassmann import orthonormality_error, principal_angles
 from lightning_feat.layers import GrassmannLinear
 from lightning_feat.optim import follow_subspaces
@@ -362,3 +363,34 @@ def test_the_same_head_twice_is_refused_and_on_two_layers_welcome(tmp_path):
 def test_subspace_dim_below_one_is_refused_at_once():
     with pytest.raises(ValueError, match="subspace_dim=0 must be at least 1"):
         GrassmannHead(0)
+
+
+class Unnamed(pl.LightningModule):
+    """Its only Linear, the classifier, has no name that tells; once replaced there is no Linear at all."""
+
+    def __init__(self):
+        super().__init__()
+        self.out = nn.Linear(4, 3)
+
+    def training_step(self, batch, batch_idx):
+        return cross_entropy(self.out(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_the_only_linear_is_found_again_after_the_swap(tmp_path):
+    module = Unnamed()
+    run = trainer(tmp_path, callbacks=[GrassmannHead(2), NeuralCollapseMonitor()])
+    run.fit(module, loader(32))
+    assert isinstance(module.out, GrassmannLinear)
+    assert "grassmann/orthonormality_error/out" in run.callback_metrics
+
+
+@pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy"])
+def test_strategies_that_flatten_or_offload_are_refused_with_the_way_out(tmp_path, name):
+    run = trainer(tmp_path, callbacks=[GrassmannHead(2)], strategy=type(name, (SingleDeviceStrategy,), {})("cpu"))
+    module = seeded(Plain)
+    with pytest.raises(ValueError, match=f"{name} flattens or offloads .* use strategy='ddp', or FSDP2"):
+        run.fit(module, loader(16))
+    assert isinstance(module.net.fc, nn.Linear)

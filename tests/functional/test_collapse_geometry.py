@@ -143,6 +143,62 @@ def test_seli_factors_the_centered_targets():
     torch.testing.assert_close(mean_gram, right[:2, first].T * value[:2] @ right[:2, first])
 
 
+@pytest.mark.parametrize("counts", [COUNTS, torch.tensor([40, 40, 3, 3])])  # in the second, the small classes merge
+def test_ce_frame_over_all_signs_is_the_minimum_over_free_features(counts):
+    weight_decay, feature_decay = (2e-3, 2e-4) if counts[-1] > 3 else (0.02, 0.025)
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(4, 6, generator=generator, dtype=torch.float64).requires_grad_()
+    features = torch.randn(4, 6, generator=generator, dtype=torch.float64).requires_grad_()  # samples of a class agree
+    size = counts.sum()
+
+    def loss():
+        errors = torch.nn.functional.cross_entropy(features @ weight.T, torch.arange(4), reduction="none")
+        decay = weight_decay * weight.square().sum() + feature_decay * (counts * features.square().sum(1)).sum()
+        return (counts * errors).sum() / size + decay / 2
+
+    minimize(loss, [weight, features])
+    frame = geometry.ce_frame(counts, weight_decay, feature_decay)
+    for found, expected in (
+        (weight @ weight.T, frame.weights),
+        (features @ features.T, frame.means),
+        (features @ weight.T, frame.logits),
+    ):
+        torch.testing.assert_close(found.detach(), expected, rtol=1e-6, atol=1e-6)  # what L-BFGS leaves
+    assert bool(geometry.minority_cosine(frame.weights, torch.arange(4) > 1) > 1 - 1e-9) == bool(counts[-1] == 3)
+
+
+def test_ce_frame_of_equal_classes_is_a_simplex_of_known_margin():
+    frame = geometry.ce_frame(torch.tensor([10, 10, 10]), 5e-3, 5e-4)
+    margin = math.log(3 * math.sqrt(10) / (30 * math.sqrt(5e-3 * 5e-4)) - 2)  # by hand, from the one slope there is
+    torch.testing.assert_close(frame.logits, margin * simplex_gram(3))
+    torch.testing.assert_close(frame.weights, margin * math.sqrt(10 * 0.1) * simplex_gram(3))
+
+
+def test_ce_frame_tends_to_seli_as_the_decay_vanishes():
+    counts = torch.tensor([40, 40, 4, 4])
+    weights, means = geometry.seli_grams(counts)
+    frames = [geometry.ce_frame(counts, decay, decay) for decay in (1e-3, 1e-5, 1e-7)]
+    for errors in (
+        [float(gram_error(frame.weights, weights)) for frame in frames],
+        [float(gram_error(frame.means, means)) for frame in frames],
+    ):
+        assert errors[0] > errors[1] > errors[2]
+        assert errors[2] < 0.5 * errors[0]  # as one over the logarithm of the decay: slowly
+
+
+def test_small_classes_merge_just_below_their_threshold():
+    counts, feature_decay = torch.tensor([30, 30, 5, 5]), 2e-2
+    decay = 5 / geometry.ce_merge_count(70, 1.0, feature_decay)  # whose threshold is exactly the five samples
+    apart, merged = (geometry.ce_frame(counts, share * decay, feature_decay).weights for share in (0.99, 1.01))
+    assert (apart[2, 2] - apart[2, 3]) / apart[2, 2] > 1e-3
+    assert abs(merged[2, 2] - merged[2, 3]) / merged[2, 2] < 1e-12
+
+
+def test_ce_frame_says_when_it_has_not_settled():
+    with pytest.raises(ValueError, match="did not settle to tolerance=1e-13 in max_steps=3"):
+        geometry.ce_frame(COUNTS, 2e-3, 2e-4, max_steps=3)
+
+
 def test_frame_errors_vanish_on_the_frames_they_name():
     rotation = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64))[0]
     lengths = exact(1.0, 2.0, 3.0)
