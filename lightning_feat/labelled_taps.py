@@ -98,12 +98,13 @@ class LabelledTaps:
 
     def count_classes(self, module: nn.Module) -> int:
         """The number of classes that the classifier tells apart. Raises ``ValueError`` where it cannot be seen."""
-        out = getattr(self.head[1], "out_features", None) if self.head is not None else None
-        if not isinstance(out, int):
-            raise ValueError(
-                f"{type(module).__name__} has no classifier that shows the number of classes: set num_classes."
-            )
-        return out
+        for name in ("out_features", "num_classes"):
+            out = getattr(self.head[1], name, None) if self.head is not None else None
+            if isinstance(out, int):
+                return out
+        raise ValueError(
+            f"{type(module).__name__} has no classifier that shows the number of classes: set num_classes."
+        )
 
     def _take_head(self) -> tuple[Tensor | None, Tensor | None]:
         try:

@@ -4,11 +4,13 @@ A ``*Monitor`` only reads, a ``*Regularizer`` changes the loss.
 """
 
 from lightning_feat.callbacks.collapse_regularizer import NeuralCollapseRegularizer
+from lightning_feat.callbacks.collapse_thresholds import CollapseThreshold
 from lightning_feat.callbacks.curves import CurvePlotter, Panel
 from lightning_feat.callbacks.grassmann import GrassmannHead
 from lightning_feat.callbacks.grassmann_monitor import GrassmannMonitor
 from lightning_feat.callbacks.history import MetricHistory
 from lightning_feat.callbacks.linear_probe import LinearProbe
+from lightning_feat.callbacks.mixup_geometry import MixupGeometryMonitor
 from lightning_feat.callbacks.neural_collapse import NeuralCollapseMonitor
 from lightning_feat.callbacks.regression_collapse import RegressionCollapseMonitor
 from lightning_feat.callbacks.regularizer import FeatureRegularizer, Regularizer
@@ -16,6 +18,7 @@ from lightning_feat.callbacks.simplex import DotRegressionRegularizer, SimplexET
 from lightning_feat.callbacks.summary import SummaryTable
 
 __all__ = [
+    "CollapseThreshold",
     "CurvePlotter",
     "DotRegressionRegularizer",
     "FeatureRegularizer",
@@ -23,6 +26,7 @@ __all__ = [
     "GrassmannMonitor",
     "LinearProbe",
     "MetricHistory",
+    "MixupGeometryMonitor",
     "NeuralCollapseMonitor",
     "NeuralCollapseRegularizer",
     "Panel",

@@ -1,26 +1,28 @@
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 
 from lightning_feat.batches import TargetKey, targets_of
+from lightning_feat.callbacks.collapse_classifier import classifier_tensors
+from lightning_feat.callbacks.collapse_pass import exact_pass
+from lightning_feat.callbacks.collapse_report import CollapseReport
+from lightning_feat.callbacks.collapse_thresholds import CollapseThreshold, ThresholdWatch
 from lightning_feat.callbacks.twins import refuse_twin
 from lightning_feat.functional.class_sums import GlobalMean
-from lightning_feat.labelled_taps import Heard, LabelledTaps
-from lightning_feat.layers.grassmann import GrassmannLinear
+from lightning_feat.labelled_taps import LabelledTaps
 from lightning_feat.metrics.neural_collapse import NeuralCollapse
-from lightning_feat.passes import Forward, clean_batches, clean_loader, run_forward, without_trace
-from lightning_feat.processes import full_tensor, repeated_rows
+from lightning_feat.passes import Forward, is_last_epoch
+from lightning_feat.processes import repeated_rows
 from lightning_feat.taps import Pooling, Read, TapError
 
 DEFAULT_MEASURES = (
     *("nc0", "nc1_pinv_over_k", "nc1_quotient", "cdnv", "vci", "nc2_equinorm", "nc2_equiangularity", "nc2_etf_error"),
     *("nc2_subspace_*", "nc3", "nc3_subspace_angle", "nc4_mismatch", "ncc_accuracy"),
 )
+_WIDEST_SPECTRUM = 2048  # up to here a (D, D) matrix takes 34 MB, its eigenvalues 2 s on one CPU core
 _WIDEST_ONLINE_MOMENT = 512  # up to here the D x D moment costs about a millisecond for a batch of 128 on two CPU cores
 
 
@@ -38,8 +40,12 @@ class NeuralCollapseMonitor(Callback):
     into ``memory_budget_mb``, and else runs a second time. It leaves no trace in the training: weights are bit for
     bit what they are without it.
 
-    NC0, NC3 and the geometry of the weights are logged for the layer that feeds an ``nn.Linear`` classifier, and
-    their subspace versions for one that feeds a ``GrassmannLinear``.
+    NC0, NC3 and the geometry of the weights are logged for the layer that feeds a classifier with a ``weight``
+    ``(C, D)`` (``nn.Linear``, cosine classifiers) or a ``SimplexETF``, and their subspace versions for one that feeds
+    a ``GrassmannLinear``; of another classifier a warning says that they are left out.
+
+    Beside the loggers, on demand: figures, a table with all measures in full precision, and thresholds that warn or
+    stop. What goes wrong in writing is a warning.
 
     Args:
         layer: dotted name of a submodule, or several; None for the input of the classifier.
@@ -49,13 +55,15 @@ class NeuralCollapseMonitor(Callback):
         mode: see above.
         data: for the exact mode, the ``"train"`` data, the ``"val"`` data (logged as ``neural_collapse_val/...``), or
             ``"both"``.
-        every_n_epochs: for the exact mode: after the first epoch, every n-th and the last; ``"log"`` for epochs 1, 2,
-            3, 4, 6, 8, 12, 16, 24, ... and the last.
+        every_n_epochs: for the exact mode, and for figures in both: after the first epoch, every n-th and, as far as it
+            is known in time, the last; ``"log"`` for epochs 1, 2, 3, 4, 6, 8, 12, 16, 24, ... and the last.
         measures: patterns of the names to log, ``["*"]`` for all; None for one or two of each kind.
         classifier: dotted name of the classifier where it cannot be found; its outputs are the logits of NC4.
         target_key: where a batch keeps class indices ``(N,)`` or soft labels ``(N, C)``, see
-            ``lightning_feat.batches``. The targets must belong to the features: with mixup inside ``training_step``
-            use the exact mode.
+            ``lightning_feat.batches``. The targets must belong to the features, which nothing can check: online, where
+            ``training_step`` mixes its inputs, values come out that mean nothing. Use the exact mode there, or mix in
+            ``on_after_batch_transfer``, which puts the soft labels into the batch. Mixup in a collate function is also
+            in what the exact mode sees of the training data.
         ignore_index: samples with this target are left out.
         global_mean: what class means are centred by: the mean of the class means, or of all samples.
         second_moment: for the online mode, keep the ``(D, D)`` moment that NC1 by pseudo-inverse needs; None: up to D
@@ -63,6 +71,14 @@ class NeuralCollapseMonitor(Callback):
         forward: for the exact mode, ``forward(module, batch)`` that runs the network; None calls ``module(batch[0])``
             for a tuple or list, else ``module(batch)``.
         memory_budget_mb: for the exact mode, what kept features may take on each process.
+        figures: draw the cosines of the class means, the spectra of the scatter within and between classes, and the
+            measures over the epochs, as ``neural_collapse-<layer>-epoch=<n>.png`` beside the logger's files and into
+            every TensorBoard and W&B logger. Half a second each, and an eigenvalue problem of the width D: the spectrum
+            within classes is left out of the exact mode above D = 2048, and of the online mode without
+            ``second_moment``. Needs matplotlib.
+        table: write ``neural_collapse.csv`` beside the logger's files, see ``callbacks.collapse_table``. Off by
+            default: the loggers have the values already, and a monitor should not surprise by files.
+        thresholds: see :class:`CollapseThreshold`.
     """
 
     def __init__(
@@ -82,6 +98,9 @@ class NeuralCollapseMonitor(Callback):
         second_moment: bool | None = None,
         forward: Forward | None = None,
         memory_budget_mb: float = 1024.0,
+        figures: bool = False,
+        table: bool = False,
+        thresholds: list[CollapseThreshold] | None = None,
     ) -> None:
         if mode not in ("online", "exact") or data not in ("train", "val", "both"):
             raise ValueError(f"mode={mode!r}, data={data!r}: choose 'online' or 'exact', and 'train', 'val' or 'both'.")
@@ -101,19 +120,32 @@ class NeuralCollapseMonitor(Callback):
         self.global_mean, self.second_moment = global_mean, second_moment
         self.forward = forward
         self.memory_budget_mb = memory_budget_mb
+        self.report = CollapseReport(mode, figures, table)
+        self.watch = ThresholdWatch(thresholds or [])
         self._online: dict[str, NeuralCollapse] = {}
-        self._warned = False
+        self._warned: set[str] = set()
 
     @property
     def state_key(self) -> str:
         return f"NeuralCollapseMonitor[{self.mode}, {', '.join(self.taps.labels)}]"
 
+    # Not by state_dict: of two stateful callbacks with one key Lightning complains before refuse_twin can say why.
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self.report.figures:
+            checkpoint[self.state_key] = self.report.points
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.report.points = checkpoint.get(self.state_key, {})
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         refuse_twin(trainer, self)
+        if stage == "fit":
+            self.report.start(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Not in setup: before configure_model the layers may not be there, or be replaced later.
-        self._online, self._warned = {}, False
+        self._online, self._warned = {}, set()
+        self.watch.reset()
         self.taps.attach(pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -139,18 +171,23 @@ class NeuralCollapseMonitor(Callback):
                 return  # a step may skip the network now and then
             raise
         for label, (features, targets) in heard.labelled.items():
-            metric = self._metric(self._online, label, pl_module, features, self._keep_moment(features))
-            metric.update(features, targets, self._repeated(trainer, len(features), batch, batch_idx))
+            if label not in self._online:
+                self._online[label] = self._metric(pl_module, features)
+            repeated = self._repeated(trainer, len(features), batch, batch_idx)
+            self._online[label].update(features, targets, repeated)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.mode == "online":
             for label, metric in self._online.items():
-                self._report(trainer, pl_module, metric, label, "neural_collapse")
+                self._report(trainer, pl_module, metric, label, "train")
         elif self._is_due(trainer):
             if self.data in ("train", "both"):
-                self._measure(trainer, pl_module, trainer.train_dataloader, "training", "neural_collapse")
+                self._measure(trainer, pl_module, trainer.train_dataloader, "train")
             if self.data in ("val", "both"):
-                self._measure(trainer, pl_module, trainer.val_dataloaders, "validation", "neural_collapse_val")
+                self._measure(trainer, pl_module, trainer.val_dataloaders, "val")
+        else:
+            return
+        self.watch.end_round()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._let_go()
@@ -158,97 +195,66 @@ class NeuralCollapseMonitor(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._let_go()  # after an exception Lightning does not call teardown
 
-    def _measure(self, trainer: Trainer, module: LightningModule, loader: Any, name: str, method: str) -> None:
-        """The exact mode: one pass for the sums, and what needs the class means from kept features or a second pass."""
-        clean = clean_loader(trainer, loader, name)
-        metrics: dict[str, NeuralCollapse] = {}
-        kept: list[Heard] | None = []
-        free = self.memory_budget_mb * 2**20
-        with without_trace(trainer, module):
-            for batch in self._forwards(trainer, module, clean):
-                heard = self.taps.take(batch)
-                for label, (features, targets) in heard.labelled.items():
-                    self._metric(metrics, label, module, features, moment=False).update(features, targets)
-                    free -= features.nbytes
-                free -= 0 if heard.logits is None else heard.logits.nbytes
-                if kept is not None and free >= 0:
-                    kept.append(heard)
-                elif kept is not None:
-                    kept = None
-                    rank_zero_info(
-                        f"neural collapse: the features of the {name} data exceed "
-                        f"memory_budget_mb={self.memory_budget_mb:g}, so the network runs over them twice."
-                    )
-            self._complete(trainer, module, metrics)
-            for metric in metrics.values():
-                metric.start_second_pass()
-            for heard in kept if kept is not None else self._second_pass(trainer, module, clean):
-                for label, (features, targets) in heard.labelled.items():
-                    logits = heard.logits if self.taps.feeds[label] else None
-                    metrics[label].update_second_pass(features, targets, logits)
+    def _measure(self, trainer: Trainer, module: LightningModule, loader: Any, data: str) -> None:
+        name = {"train": "training", "val": "validation"}[data]
+
+        def new_metric(features: Tensor) -> NeuralCollapse:
+            return self._metric(module, features)
+
+        metrics = exact_pass(trainer, module, loader, name, self.taps, new_metric, self.forward, self.memory_budget_mb)
         for label, metric in metrics.items():
-            self._report(trainer, module, metric, label, method)
+            self._report(trainer, module, metric, label, data)
 
-    def _forwards(self, trainer: Trainer, module: LightningModule, loader: DataLoader[Any]) -> Any:
-        for batch in clean_batches(trainer, module, loader):
-            self.taps.listen()
-            run_forward(trainer, module, batch, self.forward)
-            yield batch
+    def _metric(self, module: LightningModule, features: Tensor) -> NeuralCollapse:
+        num_classes = self.taps.count_classes(module) if self.num_classes is None else self.num_classes
+        width = features.shape[1]
+        moment = width <= _WIDEST_ONLINE_MOMENT if self.second_moment is None else self.second_moment
+        metric = NeuralCollapse(
+            num_classes,
+            width,
+            second_moment=self.mode == "online" and moment,
+            global_mean=self.global_mean,
+            within_scatter=self.mode == "exact" and self.report.figures and width <= _WIDEST_SPECTRUM,
+        )
+        return metric.to(features.device)
 
-    def _second_pass(self, trainer: Trainer, module: LightningModule, loader: DataLoader[Any]) -> Any:
-        for batch in self._forwards(trainer, module, loader):
-            yield self.taps.take(batch)
-
-    def _complete(self, trainer: Trainer, module: LightningModule, metrics: dict[str, NeuralCollapse]) -> None:
-        """Let a process without a sample take part in the sums: all must know the width of the features."""
-        for label in self.taps.labels:
-            width = metrics[label].num_features if label in metrics else 0
-            widest = int(trainer.strategy.reduce(torch.tensor(width, device=module.device), reduce_op="max"))
-            if width == 0:
-                self._metric(metrics, label, module, torch.zeros(0, widest, device=module.device), moment=False)
-            feeds = torch.tensor(self.taps.feeds.get(label, False), dtype=torch.int, device=module.device)
-            self.taps.feeds[label] = bool(trainer.strategy.reduce(feeds, reduce_op="max"))
-
-    def _metric(
-        self, metrics: dict[str, NeuralCollapse], label: str, module: nn.Module, features: Tensor, moment: bool
-    ) -> NeuralCollapse:
-        if label not in metrics:
-            num_classes = self.taps.count_classes(module) if self.num_classes is None else self.num_classes
-            metric = NeuralCollapse(num_classes, features.shape[1], moment, self.global_mean)
-            metrics[label] = metric.to(features.device)
-        return metrics[label]
-
-    def _keep_moment(self, features: Tensor) -> bool:
-        return features.shape[1] <= _WIDEST_ONLINE_MOMENT if self.second_moment is None else self.second_moment
-
-    def _report(
-        self, trainer: Trainer, module: LightningModule, metric: NeuralCollapse, label: str, method: str
-    ) -> None:
+    def _report(self, trainer: Trainer, module: LightningModule, metric: NeuralCollapse, label: str, data: str) -> None:
         if self.taps.feeds.get(label, False) and self.taps.head is not None:
-            head = self.taps.head[1]
-            if isinstance(head, GrassmannLinear):
-                metric.set_classifier(basis=full_tensor(head.basis))
-            elif isinstance(head, nn.Linear):
-                metric.set_classifier(
-                    weight=full_tensor(head.weight), bias=None if head.bias is None else full_tensor(head.bias)
+            name, head = self.taps.head
+            classifier = classifier_tensors(head, metric.num_classes, metric.num_features)
+            if not classifier:
+                self._warn_once(
+                    f"the classifier {name}, a {type(head).__name__}, has no weight ({metric.num_classes}, "
+                    f"{metric.num_features}): what needs one (NC0, NC3, the geometry of its rows) is left out."
                 )
+            metric.set_classifier(**classifier)
         values = metric.compute()
         lost = int(values.pop("nonfinite_samples"))
-        if lost and not self._warned:
-            self._warned = True
+        if lost:
             share = lost / (lost + float(metric.counts.sum()) * trainer.world_size)
-            rank_zero_warn(
-                f"neural collapse: {share:.1%} of the features of layer {label} in epoch {trainer.current_epoch} were "
-                "NaN or inf and are left out of the measures."
+            self._warn_once(
+                f"{share:.1%} of the features of layer {label} in epoch {trainer.current_epoch} were NaN or inf and "
+                "are left out of the measures.",
+                key="nonfinite",
             )
+        method = "neural_collapse" if data == "train" else "neural_collapse_val"
         for name, value in values.items():
             if any(fnmatchcase(name, pattern) for pattern in self.measures):
                 # compute() agrees on all processes already; sync_dist only spares the reader a warning from Lightning.
                 module.log(f"{method}/{name}/{label}", value.float(), sync_dist=True)
+        numbers = {name: float(value) for name, value in values.items()}
+        self.watch.check(trainer, label, data, numbers)  # first: it may say that this epoch is the last
+        picture = metric.picture() if self.report.figures and self._is_due(trainer) else None
+        self.report.add(trainer, label, data, numbers, picture)
+
+    def _warn_once(self, sentence: str, key: str | None = None) -> None:
+        if (key or sentence) not in self._warned:
+            self._warned.add(key or sentence)
+            rank_zero_warn(f"neural collapse: {sentence}")
 
     def _is_due(self, trainer: Trainer) -> bool:
         epoch = trainer.current_epoch + 1
-        if epoch == 1 or epoch == trainer.max_epochs or trainer.should_stop:
+        if epoch == 1 or is_last_epoch(trainer):
             return True
         if self.every_n_epochs == "log":
             return epoch & (epoch - 1) == 0 or (epoch % 3 == 0 and (epoch // 3) & (epoch // 3 - 1) == 0)

@@ -11,12 +11,14 @@ from torch import Tensor
 
 from lightning_feat.functional.class_sums import (
     CenterSums,
+    ClassCenters,
     ClassSums,
     GlobalMean,
     between_class_directions,
     centered_class_means,
     class_means,
     class_variances,
+    to_float64,
 )
 
 
@@ -29,6 +31,26 @@ def within_class_covariance(totals: ClassSums, moment: Tensor) -> Tensor:
     seen_C = totals.counts > 0
     sums_SD = totals.sums[seen_C]
     return (moment - sums_SD.T @ (sums_SD / totals.counts[seen_C, None])) / totals.counts.sum()
+
+
+def within_class_scatter(
+    features: Tensor, targets: Tensor, centers: ClassCenters, weights: Tensor | None = None
+) -> Tensor:
+    r""":math:`\sum_i (h_i - \mu_{y_i})(h_i - \mu_{y_i})^\top`, ``(D, D)`` float64, of a batch of the second pass.
+
+    Over the number of samples it is :func:`within_class_covariance`, but subtracts before it squares, so that the
+    spectrum stays right where classes have collapsed. The arguments are those of ``center_sums``; soft targets, by
+    which a sample belongs to several classes, subtract only the global mean first.
+    """
+    h_ND, targets = to_float64(features) - centers.origin, targets.to(centers.origin.device)
+    weight_N = h_ND.new_ones(len(h_ND)) if weights is None else weights.to(h_ND)
+    if targets.ndim == 1:
+        residual_ND = h_ND - centers.offsets[targets.long()]
+        return (residual_ND * weight_N[:, None]).T @ residual_ND
+    member_NC = targets.double() * weight_N[:, None]
+    cross_DD = h_ND.T @ member_NC @ centers.offsets
+    means_DD = (centers.offsets * member_NC.sum(0)[:, None]).T @ centers.offsets
+    return (h_ND * member_NC.sum(1, keepdim=True)).T @ h_ND - cross_DD - cross_DD.T + means_DD
 
 
 def nc1_pinv(totals: ClassSums, moment: Tensor, global_mean: GlobalMean = "classes") -> Tensor:
@@ -156,10 +178,17 @@ def between_class_spectrum(totals: ClassSums, global_mean: GlobalMean = "classes
 
 def within_class_spectrum(totals: ClassSums, moment: Tensor) -> Tensor:
     r"""Eigenvalues of :math:`\Sigma_W`, largest first, ``(D,)``; rounding below zero is set to zero."""
-    covariance_DD = within_class_covariance(totals, moment)
-    if not covariance_DD.isfinite().all():
-        return torch.full_like(totals.sums[0], torch.nan)
-    value_D: Tensor = torch.linalg.eigvalsh(covariance_DD).flip(0)
+    return covariance_spectrum(within_class_covariance(totals, moment))
+
+
+def covariance_spectrum(covariance: Tensor) -> Tensor:
+    """Eigenvalues of a ``(D, D)`` covariance, largest first; rounding below zero is set to zero, nan where undefined.
+
+    Takes 0.3 s at D = 1024 and 2 s at D = 2048 on one CPU core.
+    """
+    if not covariance.isfinite().all():
+        return covariance.new_full(covariance.shape[:1], torch.nan)
+    value_D: Tensor = torch.linalg.eigvalsh(covariance).flip(0)
     return value_D.clamp(min=0)
 
 

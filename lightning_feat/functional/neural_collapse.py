@@ -6,6 +6,9 @@ NC3 to NC5), the sums in ``class_sums``; what other trainings converge to is in 
 Classes without samples are left out of everything, the ``1 / (K - 1)`` of the simplex included.
 """
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from lightning_feat.functional.class_sums import (
@@ -55,12 +58,14 @@ from lightning_feat.functional.collapse_means import (
     nc3_subspace_angle,
     simplex_gram,
 )
+from lightning_feat.functional.collapse_picture import CollapsePicture, collapse_picture
 from lightning_feat.functional.collapse_variability import (
     between_class_spectrum,
     between_effective_rank,
     cdnv_matrix,
     cdnv_worst_pair,
     class_distance_normalized_variance,
+    covariance_spectrum,
     nc1_pinv,
     nc1_pinv_over_k,
     nc1_projected_over_k,
@@ -69,6 +74,7 @@ from lightning_feat.functional.collapse_variability import (
     nc1_quotient_balanced,
     variability_collapse_index,
     within_class_covariance,
+    within_class_scatter,
     within_class_spectrum,
 )
 
@@ -76,6 +82,7 @@ __all__ = [
     "CenterSums",
     "ClassCenters",
     "ClassSums",
+    "CollapsePicture",
     "GlobalMean",
     "NecoSubspace",
     "between_class_spectrum",
@@ -90,9 +97,12 @@ __all__ = [
     "class_means",
     "class_sums",
     "collapse_measures",
+    "collapse_picture",
     "cosine_matrix",
+    "covariance_spectrum",
     "feature_mean",
     "gram_error",
+    "known_measures",
     "nc0",
     "nc0_relative",
     "nc1_pinv",
@@ -127,6 +137,7 @@ __all__ = [
     "simplex_gram",
     "variability_collapse_index",
     "within_class_covariance",
+    "within_class_scatter",
     "within_class_spectrum",
 ]
 
@@ -233,6 +244,19 @@ def collapse_measures(
             "nc3_subspace_angle": nc3_subspace_angle(basis_SkD, class_means(totals)[seen_C]),
         }
     return values
+
+
+def known_measures() -> list[str]:
+    """The names of all measures that :func:`collapse_measures` can give."""
+    totals = class_sums(torch.eye(3), torch.arange(3), 3)
+    everything: dict[str, Any] = {
+        "moment": torch.eye(3, dtype=torch.float64),
+        "residuals": center_sums(torch.eye(3), torch.arange(3), torch.eye(3), class_centers(totals)),
+        "weight": torch.eye(3),
+        "bias": torch.zeros(3),
+        "basis": torch.eye(3)[:, None],
+    }
+    return [*collapse_measures(totals, **everything)]
 
 
 def _check_classifier(

@@ -26,7 +26,14 @@ from lightning_feat.functional.class_sums import (
     empty_class_sums,
     to_float64,
 )
-from lightning_feat.functional.neural_collapse import class_distance_normalized_variance, collapse_measures
+from lightning_feat.functional.neural_collapse import (
+    CollapsePicture,
+    class_distance_normalized_variance,
+    collapse_measures,
+    collapse_picture,
+    within_class_covariance,
+    within_class_scatter,
+)
 
 
 def all_reduce_sum(state: Tensor, group: Any = None) -> list[Tensor]:
@@ -180,6 +187,7 @@ class NeuralCollapse(_ClassSumsMetric):
         num_features: width D of the features.
         second_moment: whether to keep the ``(D, D)`` second moment.
         global_mean: what class means are centred by: the mean of the class means, or of all samples.
+        within_scatter: whether the second pass keeps the ``(D, D)`` scatter within classes, for :meth:`picture`.
         **kwargs: those of ``torchmetrics.Metric``. A ``dist_sync_fn`` must suit states that are sums.
 
     Example:
@@ -191,6 +199,7 @@ class NeuralCollapse(_ClassSumsMetric):
     """
 
     moment: Tensor
+    scatter: Tensor
     samples: Tensor
     mismatches: Tensor
     hits: Tensor
@@ -202,15 +211,17 @@ class NeuralCollapse(_ClassSumsMetric):
         num_features: int,
         second_moment: bool = False,
         global_mean: GlobalMean = "classes",
+        within_scatter: bool = False,
         **kwargs: Any,
     ) -> None:
         if global_mean not in ("classes", "samples"):
             raise ValueError(f"global_mean must be 'classes' or 'samples', got {global_mean!r}")
         # The second pass and the classifier change the result without an `update`, so no result is kept.
         super().__init__(num_classes, num_features, **{"compute_with_cache": False, **kwargs})
-        self.second_moment, self.global_mean = second_moment, global_mean
-        if second_moment:
-            self._add_sum("moment", num_features, num_features)
+        self.second_moment, self.global_mean, self.within_scatter = second_moment, global_mean, within_scatter
+        for name, kept in (("moment", second_moment), ("scatter", within_scatter)):
+            if kept:
+                self._add_sum(name, num_features, num_features)
         for name in ("samples", "mismatches", "hits"):
             self._add_sum(name)
         self._add_sum("projected", num_classes)
@@ -238,7 +249,7 @@ class NeuralCollapse(_ClassSumsMetric):
         with self.sync_context(dist_sync_fn=self.dist_sync_fn, should_sync=self.sync_on_compute):
             self._check_outside()
             self._centers = class_centers(self._totals(), self.global_mean)
-        for name in CenterSums._fields:
+        for name in (*CenterSums._fields, *(["scatter"] if self.within_scatter else [])):
             setattr(self, name, torch.zeros_like(getattr(self, name)))
 
     def update_second_pass(
@@ -262,6 +273,19 @@ class NeuralCollapse(_ClassSumsMetric):
             logits = logits if logits is None else logits.detach().to(features.device)
             for name, value in center_sums(features, targets, logits, self._centers, weights)._asdict().items():
                 getattr(self, name).add_(value)
+            if self.within_scatter:
+                self.scatter += within_class_scatter(features, targets, self._centers, weights)
+
+    def picture(self) -> CollapsePicture:
+        """Angles and spectra of all processes, which must all call this. The spectrum within classes is that of a
+        second pass with ``within_scatter``, else of the second moment, else None."""
+        with self.sync_context(dist_sync_fn=self.dist_sync_fn, should_sync=self.sync_on_compute):
+            within = None
+            if self.within_scatter and self._centers is not None:
+                within = self.scatter / self.counts.sum()
+            elif self.second_moment:
+                within = within_class_covariance(self._totals(), self.moment)
+            return collapse_picture(self._totals(), within, self.global_mean)
 
     def compute(self) -> dict[str, Tensor]:
         """The measures and ``nonfinite_samples``, the number left out; the same float64 scalars on every process."""
