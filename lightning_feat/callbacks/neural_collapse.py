@@ -22,7 +22,7 @@ DEFAULT_MEASURES = (
     *("nc0", "nc1_pinv_over_k", "nc1_quotient", "cdnv", "vci", "nc2_equinorm", "nc2_equiangularity", "nc2_etf_error"),
     *("nc2_subspace_*", "nc3", "nc3_subspace_angle", "nc4_mismatch", "ncc_accuracy"),
 )
-_WIDEST_SPECTRUM = 2048  # up to here a (D, D) matrix takes 34 MB, its eigenvalues 2 s on one CPU core
+_WIDEST_SPECTRUM = 2048  # up to here a (D, D) matrix takes 34 MB, and its eigenvalues 0.7 s on one CPU core
 _WIDEST_ONLINE_MOMENT = 512  # up to here the D x D moment costs about a millisecond for a batch of 128 on two CPU cores
 
 
@@ -34,11 +34,14 @@ class NeuralCollapseMonitor(Callback):
 
     ``mode="online"`` sums the training batches as they pass: no extra forward, but the weights move during the epoch,
     so the values lag those at fixed weights until training settles; they are those of the network in training mode,
-    on augmented data. ``mode="exact"`` runs the network once over the data at the end of chosen epochs, in eval mode,
-    each sample once over all processes, and adds what needs the class means first (``nc4_mismatch``,
-    ``ncc_accuracy``, NC1 by pseudo-inverse without a ``(D, D)`` matrix). It keeps the features for that if they fit
-    into ``memory_budget_mb``, and else runs a second time. It leaves no trace in the training: weights are bit for
-    bit what they are without it.
+    on augmented data. What a ``DistributedSampler`` repeats to even out the processes counts once, also where batches
+    carry indices; what a sampler of your own draws again counts again.
+
+    ``mode="exact"`` runs the network once over the data at the end of chosen epochs, in eval mode, each sample once
+    over all processes, and adds what needs the class means first (``nc4_mismatch``, ``ncc_accuracy``, NC1 by
+    pseudo-inverse without a ``(D, D)`` matrix). It keeps the features for that if they fit into ``memory_budget_mb``,
+    and else runs a second time. It leaves no trace in the training: weights are bit for bit what they are without it.
+    The Trainer's progress bar, if any, shows how far it is.
 
     NC0, NC3 and the geometry of the weights are logged for the layer that feeds a classifier with a ``weight``
     ``(C, D)`` (``nn.Linear``, cosine classifiers) or a ``SimplexETF``, and their subspace versions for one that feeds
@@ -73,9 +76,9 @@ class NeuralCollapseMonitor(Callback):
         memory_budget_mb: for the exact mode, what kept features may take on each process.
         figures: draw the cosines of the class means, the spectra of the scatter within and between classes, and the
             measures over the epochs, as ``neural_collapse-<layer>-epoch=<n>.png`` beside the logger's files and into
-            every TensorBoard and W&B logger. Half a second each, and an eigenvalue problem of the width D: the spectrum
-            within classes is left out of the exact mode above D = 2048, and of the online mode without
-            ``second_moment``. Needs matplotlib.
+            every TensorBoard and W&B logger. Takes 0.6 s each, and the eigenvalues of a ``(D, D)`` matrix: the spectrum
+            within classes is left out, and said to be, in the exact mode above D = 2048 and in the online mode without
+            the second moment. Needs matplotlib.
         table: write ``neural_collapse.csv`` beside the logger's files, see ``callbacks.collapse_table``. Off by
             default: the loggers have the values already, and a monitor should not surprise by files.
         thresholds: see :class:`CollapseThreshold`.

@@ -1,0 +1,81 @@
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_feat.callbacks.collapse_figures import draw_collapse, publish_figure
+from lightning_feat.callbacks.collapse_table import CollapseTable
+from lightning_feat.callbacks.curves import Points
+from lightning_feat.functional.neural_collapse import CollapsePicture
+
+
+class CollapseReport:
+    """Figures and table of a ``NeuralCollapseMonitor``, written by one process; what goes wrong becomes a warning.
+
+    Attributes:
+        points: for the curves of the figures: by ``<data>/<layer>``, ``(epochs completed, value)`` by measure.
+    """
+
+    def __init__(self, mode: str, figures: bool, table: bool) -> None:
+        self.mode, self.figures, self.table = mode, figures, table
+        self.points: dict[str, Points] = {}
+        self._folder = ""
+        self._failed: set[str] = set()
+
+    def start(self, trainer: Trainer) -> None:
+        """Before a fit, on all processes. Raises ``ModuleNotFoundError`` where figures need what is not installed."""
+        self._failed = set()
+        if trainer.global_step == 0:
+            self.points = {}  # of an earlier run; a checkpoint, if any, is loaded after this
+        if self.figures:
+            try:
+                import matplotlib.figure  # noqa: F401
+            except ModuleNotFoundError as error:
+                raise ModuleNotFoundError(
+                    'figures=True needs matplotlib, which is not installed: pip install "lightning-feat[recipes]"'
+                ) from error
+        if self.figures or self.table:
+            # All processes ask, and now: trainer.log_dir is a broadcast, at which one alone would wait for ever.
+            self._folder = str(trainer.log_dir or trainer.default_root_dir)
+
+    def add(
+        self, trainer: Trainer, layer: str, data: str, values: dict[str, float], picture: CollapsePicture | None
+    ) -> None:
+        """Take in what was measured of one layer on one set of data, and draw it where there is a picture."""
+        if self.figures:
+            self._remember(f"{data}/{layer}", trainer.current_epoch + 1.0, values)
+        if not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):  # the latter leaves nothing behind
+            return
+        if self.table:
+            try:
+                table = CollapseTable(self._folder)
+                table.add(trainer.current_epoch, trainer.global_step, self.mode, layer, data, values)
+            except Exception as error:  # a file is not worth a run
+                self._warn_once("write its table", error)
+        if picture is not None:
+            try:
+                self._draw(trainer, layer, data, picture)
+            except Exception as error:  # nor is a picture
+                self._warn_once("draw its figure", error)
+
+    def _remember(self, place: str, epochs: float, values: dict[str, float]) -> None:
+        points = self.points.setdefault(place, {})
+        for name, value in values.items():
+            line = points.setdefault(name, [])
+            while line and line[-1][0] >= epochs:  # measured again, by a run that was set back
+                line.pop()
+            line.append((epochs, value))
+
+    def _draw(self, trainer: Trainer, layer: str, data: str, picture: CollapsePicture) -> None:
+        epochs = trainer.current_epoch + 1
+        where = f"{'training' if data == 'train' else 'validation'} data"
+        if self.mode == "online":
+            where = "training batches as they passed"
+        title = f"{layer}, {where}, after {epochs} {'epoch' if epochs == 1 else 'epochs'}"
+        figure = draw_collapse(picture, self.points[f"{data}/{layer}"], title)
+        method = "neural_collapse" if data == "train" else "neural_collapse_val"
+        name = f"{method}-{layer}-epoch={epochs}.png"
+        publish_figure(trainer, figure, self._folder, name, f"{method}/figure/{layer}")
+
+    def _warn_once(self, what: str, error: Exception) -> None:
+        if what not in self._failed:
+            self._failed.add(what)
+            rank_zero_warn(f"NeuralCollapseMonitor could not {what}: {type(error).__name__}: {error}")
