@@ -1,23 +1,10 @@
 """Neural collapse at one moment, as a figure: angles of the class means, spectra of the scatter, and the way there."""
 
 import math
-import os
-from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
-from lightning.fabric.utilities.cloud_io import get_filesystem
-from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
-
-from lightning_feat.callbacks.curves import (
-    COLOURS,
-    DOTS_PER_INCH,
-    WIDTH_INCHES,
-    Panel,
-    Points,
-    draw_panel,
-    show_in_tensorboard,
-)
+from lightning_feat.callbacks.curves import WIDTH_INCHES, Panel, Points, draw_panel
+from lightning_feat.callbacks.figures import COLOURS
 from lightning_feat.functional.neural_collapse import CollapsePicture
 
 if TYPE_CHECKING:
@@ -146,24 +133,3 @@ def _draw_spectra(picture: CollapsePicture, axes: "Axes") -> None:
     axes.tick_params(labelsize=7, which="both")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1.01), borderaxespad=0, frameon=False, fontsize=7)
-
-
-def publish_figure(trainer: Trainer, figure: "Figure", folder: str, filename: str, tag: str) -> None:
-    """Write a PNG into ``folder``, and add the figure as an image to every logger that takes images: TensorBoard's, and
-    those with the ``log_image`` of the ``WandbLogger``. For one process alone.
-    """
-    content = BytesIO()
-    figure.savefig(content, dpi=DOTS_PER_INCH, format="png")
-    path = os.path.join(folder, filename)
-    files = get_filesystem(path)
-    files.makedirs(folder, exist_ok=True)
-    with files.open(path, "wb") as file:
-        file.write(content.getvalue())
-    for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger):
-            show_in_tensorboard(figure, logger, tag, trainer.global_step)
-        elif callable(getattr(logger, "log_image", None)):
-            from PIL import Image  # comes with matplotlib
-
-            image: Any = Image.open(BytesIO(content.getvalue()))
-            logger.log_image(key=tag, images=[image], step=trainer.global_step)  # type: ignore[attr-defined]

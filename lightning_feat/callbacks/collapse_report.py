@@ -1,9 +1,10 @@
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_feat.callbacks.collapse_figures import draw_collapse, publish_figure
+from lightning_feat.callbacks.collapse_figures import draw_collapse
 from lightning_feat.callbacks.collapse_table import CollapseTable
 from lightning_feat.callbacks.curves import Points
+from lightning_feat.callbacks.figures import folder_for_figures, publish_figure
 from lightning_feat.functional.neural_collapse import CollapsePicture
 
 
@@ -26,15 +27,9 @@ class CollapseReport:
         if trainer.global_step == 0:
             self.points = {}  # of an earlier run; a checkpoint, if any, is loaded after this
         if self.figures:
-            try:
-                import matplotlib.figure  # noqa: F401
-            except ModuleNotFoundError as error:
-                raise ModuleNotFoundError(
-                    'figures=True needs matplotlib, which is not installed: pip install "lightning-feat[recipes]"'
-                ) from error
-        if self.figures or self.table:
-            # All processes ask, and now: trainer.log_dir is a broadcast, at which one alone would wait for ever.
-            self._folder = str(trainer.log_dir or trainer.default_root_dir)
+            self._folder = folder_for_figures(trainer, "figures=True")
+        elif self.table:
+            self._folder = str(trainer.log_dir or trainer.default_root_dir)  # a broadcast: all processes ask, and now
 
     def add(
         self, trainer: Trainer, layer: str, data: str, values: dict[str, float], picture: CollapsePicture | None

@@ -5,14 +5,12 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
-from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_feat.callbacks.figures import COLOURS, folder_for_figures, publish_figure
 from lightning_feat.callbacks.history import MetricHistory, select, unmatched
 
 if TYPE_CHECKING:
@@ -21,10 +19,7 @@ if TYPE_CHECKING:
 
 Points = dict[str, list[tuple[float, float]]]  # (epochs completed, value) of each metric
 
-# Distinct for all kinds of colour vision; Okabe and Ito, "Color Universal Design", 2008, without the yellow.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS, DASHES = ("o", "s", "^", "D", "v", "P", "X"), ("-", "--", ":", "-.")
-DOTS_PER_INCH = 200
 PANEL_INCHES, WIDTH_INCHES = 1.6, 6.5  # as wide as the text of a letter-sized page with one-inch margins
 
 
@@ -49,7 +44,7 @@ class CurvePlotter(MetricHistory):
     """Draw logged metrics against the epoch into a figure when fitting ends, also early, interrupted or by an error.
 
     The file is put beside the logger's, or into ``default_root_dir`` where there is no logger, and the figure into
-    every TensorBoard logger. A folder that cannot be written to is a warning. Needs matplotlib, at the start of
+    every TensorBoard and W&B logger. A folder that cannot be written to is a warning. Needs matplotlib, at the start of
     fitting already.
 
     Args:
@@ -83,14 +78,7 @@ class CurvePlotter(MetricHistory):
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        try:
-            import matplotlib.figure  # noqa: F401
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                'CurvePlotter needs matplotlib, which is not installed: pip install "lightning-feat[recipes]"'
-            ) from error
-        # All processes ask, and now: trainer.log_dir is a broadcast, at which one alone would wait for ever.
-        self.folder = str(trainer.log_dir or trainer.default_root_dir)
+        self.folder = folder_for_figures(trainer, "CurvePlotter")
 
     def report(self, trainer: Trainer) -> None:
         panels = default_panels(self.points) if self.panels is None else self.panels
@@ -103,16 +91,7 @@ class CurvePlotter(MetricHistory):
         figure = draw(panels, self.points)
         if getattr(trainer, "fast_dev_run", False):  # nothing is to be left behind
             return
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                show_in_tensorboard(figure, logger, os.path.splitext(self.filename)[0], trainer.global_step)
-        path = os.path.join(self.folder, self.filename)
-        content = BytesIO()
-        figure.savefig(content, dpi=DOTS_PER_INCH, format=os.path.splitext(path)[1][1:])
-        files = get_filesystem(path)
-        files.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        with files.open(path, "wb") as file:
-            file.write(content.getvalue())
+        publish_figure(trainer, figure, self.folder, self.filename, os.path.splitext(self.filename)[0])
 
 
 def draw(panels: Sequence[Panel], points: Points) -> "Figure":
@@ -188,15 +167,3 @@ def default_panels(points: Points) -> list[Panel]:
             label = members[0].replace("/", "\n") if len(members) == 1 else title.replace("_", " ")
             panels.append(Panel(members, label, log_scale=wide))
     return panels
-
-
-def show_in_tensorboard(figure: "Figure", logger: TensorBoardLogger, tag: str, step: int) -> None:
-    """Add the figure as an image, by our own pixels: ``add_figure`` would go by pyplot."""
-    import numpy
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    figure.set_dpi(DOTS_PER_INCH)
-    canvas: Any = FigureCanvasAgg(figure)
-    canvas.draw()
-    pixels = numpy.asarray(canvas.buffer_rgba())[..., :3]
-    logger.experiment.add_image(tag, pixels, step, dataformats="HWC")

@@ -1,16 +1,12 @@
-import os
-from io import BytesIO
 from typing import Any, Literal
 
 import torch
-from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch import Tensor
 
 from lightning_feat.batches import TargetKey, class_indices, targets_of
-from lightning_feat.callbacks.curves import COLOURS, DOTS_PER_INCH, show_in_tensorboard
+from lightning_feat.callbacks.figures import COLOURS, folder_for_figures, publish_figure
 from lightning_feat.callbacks.grassmann import GrassmannHead
 from lightning_feat.callbacks.twins import callbacks_of, refuse_twin
 from lightning_feat.functional.class_separation import sample_of_each_class
@@ -53,7 +49,7 @@ class GrassmannMonitor(Callback):
             process holds these of all processes for a moment. R^2 is of all samples. None takes all.
         seed: of both choices.
         figure: draw a histogram of the principal angles, as a PNG beside the logger's files and as an image into
-            every TensorBoard logger. Needs matplotlib.
+            every TensorBoard and W&B logger. Needs matplotlib.
         pooling: how inputs of the head that are not ``(N, D)`` become so, see ``lightning_feat.taps.pool``.
         target_key: where a batch keeps class indices, see ``lightning_feat.batches``. Online, the targets must belong
             to the features: with mixup use the exact mode, on loaders that do not mix.
@@ -114,14 +110,7 @@ class GrassmannMonitor(Callback):
         if trainer.global_step == 0:
             self.start = None  # of an earlier run; a checkpoint, if any, is loaded after this
         if self.figure:
-            try:
-                import matplotlib.figure  # noqa: F401
-            except ModuleNotFoundError as error:
-                raise ModuleNotFoundError(
-                    'figure=True needs matplotlib, which is not installed: pip install "lightning-feat[recipes]"'
-                ) from error
-            # All processes ask, and now: trainer.log_dir is a broadcast, at which one alone would wait for ever.
-            self._folder = str(trainer.log_dir or trainer.default_root_dir)
+            self._folder = folder_for_figures(trainer, "figure=True")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._label, head = self._find(pl_module)
@@ -269,16 +258,8 @@ class GrassmannMonitor(Callback):
     def _show(self, trainer: Trainer, angles: Tensor) -> None:
         try:
             figure = draw_angles(angles)
-            for logger in trainer.loggers:
-                if isinstance(logger, TensorBoardLogger):
-                    show_in_tensorboard(figure, logger, f"grassmann/angles/{self._label}", trainer.global_step)
-            content = BytesIO()
-            figure.savefig(content, dpi=DOTS_PER_INCH, format="png")
-            path = os.path.join(self._folder, f"grassmann_angles-{self._label}-epoch={trainer.current_epoch}.png")
-            files = get_filesystem(path)
-            files.makedirs(self._folder, exist_ok=True)
-            with files.open(path, "wb") as file:
-                file.write(content.getvalue())
+            name = f"grassmann_angles-{self._label}-epoch={trainer.current_epoch}.png"
+            publish_figure(trainer, figure, self._folder, name, f"grassmann/angles/{self._label}")
         except Exception as error:  # a picture is not worth a run
             rank_zero_warn(f"GrassmannMonitor could not draw the angles: {type(error).__name__}: {error}")
 

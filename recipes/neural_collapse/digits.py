@@ -119,6 +119,7 @@ def draw_figure(runs: dict[str, list[Run]], path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator
 
     shown = {key: MEASURES[key] for key in ("nc0_relative", "nc1_pinv_over_k", "nc2_etf_error", "nc3")}
     figure, grid = plt.subplots(1, len(shown), figsize=(10, 2.8), layout="constrained")
@@ -129,6 +130,10 @@ def draw_figure(runs: dict[str, list[Run]], path: Path) -> None:
                 axis.plot(epochs, values, color=colour, linewidth=1.2, label=OPTIMIZERS[name][0])
         axis.set_xscale("log")
         axis.set_yscale("log")
+        if axis.get_ylim()[1] < 30 * axis.get_ylim()[0]:  # powers of ten alone would be one or two
+            axis.yaxis.set_minor_locator(LogLocator(subs=(2.0, 5.0)))
+            axis.yaxis.set_minor_formatter("{x:g}")
+            axis.yaxis.set_major_formatter("{x:g}")
         axis.set_title(title, fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=8, which="both")

@@ -66,7 +66,9 @@ METHODS = {
     "ce-balanced": Method("cross-entropy, classes drawn alike", 0.03, balanced=True),
     "simplex-ce": Method("fixed simplex, cross-entropy", 0.02, "simplex", scale=10.0),
     "simplex-dr": Method("fixed simplex, dot-regression", 0.1, "simplex", dot_regression=True),
-    "simplex-dr-weighted": Method("the same, classes weighted", 0.1, "simplex", dot_regression=True, class_counts=True),
+    "simplex-dr-weighted": Method(
+        "dot-regression, classes weighted", 0.1, "simplex", dot_regression=True, class_counts=True
+    ),
     "regularized": Method("collapse regulariser 0.01 and 0.1", 0.1, pull=0.01, push=0.1, lr_factor=5.0),
 }
 
@@ -240,7 +242,7 @@ def tables(runs: Runs) -> str:
 
 
 def draw_figure(runs: Runs, path: Path) -> None:
-    """Accuracy by class, paired differences to cross-entropy and angles between small classes; 95 % intervals."""
+    """Mean accuracy by class; paired differences to cross-entropy and angles of small classes, with 95 % intervals."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -250,11 +252,8 @@ def draw_figure(runs: Runs, path: Path) -> None:
     for (factor, by_method), (classes, gains, angles) in zip(runs.items(), grid, strict=True):
         for place, (name, rows) in enumerate(by_method.items()):
             style: dict[str, Any] = {"color": COLOURS[place], "fmt": "o", "markersize": 4, "capsize": 2}
-            by_class = [mean_and_half_width([100 * row[f"class {c}"] for row in rows]) for c in range(NUM_CLASSES)]
-            mean, half = zip(*by_class, strict=True)
-            shift = 0.1 * (place - len(by_method) / 2)
-            numbers = [c + 1 + shift for c in range(NUM_CLASSES)]
-            classes.errorbar(numbers, mean, half, **{**style, "fmt": "o-", "linewidth": 0.8, "capsize": 0})
+            by_class = [mean_and_half_width([100 * row[f"class {c}"] for row in rows])[0] for c in range(NUM_CLASSES)]
+            classes.plot(range(1, NUM_CLASSES + 1), by_class, "o-", color=COLOURS[place], markersize=4, linewidth=1)
             label = METHODS[name].title
             if name != "ce":
                 for offset, key, marker in ((-0.15, "large", "^"), (0.15, "small", "v")):
@@ -264,6 +263,7 @@ def draw_figure(runs: Runs, path: Path) -> None:
                 cosine, width = mean_and_half_width([row[key] for row in rows])
                 angles.errorbar(cosine, place + offset, xerr=width, **{**style, "fmt": marker})
             angles.plot([], [], color=COLOURS[place], label=label, linewidth=3)
+        classes.set_xticks(range(1, NUM_CLASSES + 1))
         classes.set_ylabel(f"factor {factor:g}\n\naccuracy (%)")
         gains.axvline(0, color="black", linewidth=0.8)
         angles.axvline(-1 / (NUM_CLASSES - 1), color="black", linewidth=0.8, linestyle=":")
