@@ -4,11 +4,13 @@ from lightning_feat.data.digits import DigitsDataModule
 from lightning_feat.data.elpv import ElpvDataModule
 from lightning_feat.data.image_folder import ImageFolderDataModule, write_example_folder
 from lightning_feat.data.indexed import IndexedDataset
+from lightning_feat.data.plan import PlanSampler
 
 __all__ = [
     "DigitsDataModule",
     "ElpvDataModule",
     "ImageFolderDataModule",
     "IndexedDataset",
+    "PlanSampler",
     "write_example_folder",
 ]

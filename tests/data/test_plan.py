@@ -1,0 +1,113 @@
+import pytest
+import torch
+from helpers import Plain, points, trainer
+from torch.utils.data import DataLoader
+
+from lightning_feat.data import PlanSampler
+
+COUNTS = [1, 0, 3, 2, 1, 1]
+
+
+def test_every_example_comes_as_often_as_planned():
+    sampler = PlanSampler(COUNTS)
+    assert torch.tensor(list(sampler)).bincount(minlength=6).tolist() == COUNTS
+    assert len(sampler) == 8
+
+
+def test_epochs_differ_and_repeat_themselves():
+    sampler = PlanSampler(COUNTS, seed=1)
+    epochs = []
+    for epoch in (0, 1, 0):
+        sampler.set_epoch(epoch)
+        epochs.append(list(sampler))
+    assert epochs[0] == epochs[2] != epochs[1]
+    assert list(PlanSampler(COUNTS, seed=2)) != epochs[0]
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_share_one_order(processes):
+    whole = PlanSampler(COUNTS).order().tolist()
+    shares = [list(PlanSampler(COUNTS, num_replicas=processes, rank=rank)) for rank in range(processes)]
+    assert len({len(share) for share in shares}) == 1
+    dealt = [index for row in zip(*shares, strict=True) for index in row]
+    assert dealt[:8] == whole
+    assert dealt[8:] == whole[: len(dealt) - 8]  # filled up from the beginning
+
+
+def test_more_processes_than_examples():
+    shares = [list(PlanSampler([1, 1], num_replicas=5, rank=rank)) for rank in range(5)]
+    assert [len(share) for share in shares] == [1] * 5
+    assert {share[0] for share in shares} == {0, 1}
+
+
+def test_what_was_had_is_skipped_once():
+    whole = list(PlanSampler(COUNTS))
+    sampler = PlanSampler(COUNTS, skip=3)
+    assert list(sampler) == whole[3:]
+    assert list(sampler) == whole
+
+
+def test_an_epoch_that_keeps_its_length_takes_counts_as_weights():
+    sampler = PlanSampler([1, 2, 1, 1], length="keep")
+    shown = torch.zeros(4)
+    for epoch in range(500):
+        sampler.set_epoch(epoch)
+        count = torch.tensor(list(sampler)).bincount(minlength=4)
+        assert count.sum() == len(sampler) == 4
+        assert ((count - torch.tensor([0.8, 1.6, 0.8, 0.8])).abs() < 1).all()  # rounded up or down
+        shown += count
+    # the share of epochs that round up has a deviation of at most 0.5 / sqrt(500)
+    torch.testing.assert_close(shown / 500, torch.tensor([0.8, 1.6, 0.8, 0.8]), atol=0.08, rtol=0)
+
+
+def test_zero_counts_never_come_also_when_the_length_is_kept():
+    for epoch in range(50):
+        sampler = PlanSampler([0, 1, 0, 1, 0], length="keep")
+        sampler.set_epoch(epoch)
+        assert set(sampler) <= {1, 3}
+
+
+def test_new_counts_hold_from_the_next_iteration():
+    sampler = PlanSampler([1, 1])
+    sampler.set_counts([0, 4])
+    assert list(sampler) == [1] * 4
+
+
+class Seen(Plain):
+    def on_train_epoch_start(self):
+        self.seen = [*getattr(self, "seen", []), []]
+
+    def training_step(self, batch, batch_idx):
+        self.seen[-1] += batch[0].sum(1).tolist()
+        return super().training_step(batch, batch_idx)
+
+
+def test_lightning_leaves_it_in_place_and_tells_it_the_epoch(tmp_path):
+    data = points(6)
+    sampler, module = PlanSampler(COUNTS), Seen()
+    trainer(tmp_path, max_epochs=2).fit(module, DataLoader(data, batch_size=2, sampler=sampler))
+    for epoch, seen in enumerate(module.seen):
+        sampler.set_epoch(epoch)
+        assert seen == pytest.approx([float(data[index][0].sum()) for index in sampler])
+
+
+@pytest.mark.parametrize(
+    ("counts", "options", "text"),
+    [
+        ([0.5, 1.0], {}, "whole numbers"),
+        ([[1, 2]], {}, r"\(1, 2\)"),
+        ([1, -2], {}, "the least is -2"),
+        ([0, 0], {}, "the least is 0"),
+        ([], {}, "whole numbers"),  # an empty list is a float tensor to torch
+        ([1], {"length": "shrink"}, "length='shrink'"),
+        ([1], {"skip": -1}, "skip=-1"),
+    ],
+)
+def test_impossible_plans_are_refused(counts, options, text):
+    with pytest.raises(ValueError, match=text):
+        PlanSampler(counts, **options)
+
+
+def test_counts_for_other_examples_are_refused():
+    with pytest.raises(ValueError, match="3 counts for 2 examples"):
+        PlanSampler([1, 1]).set_counts([1, 1, 1])
