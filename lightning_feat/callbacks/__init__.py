@@ -6,6 +6,7 @@ A ``*Monitor`` only reads, a ``*Regularizer`` changes the loss.
 from lightning_feat.callbacks.collapse_regularizer import NeuralCollapseRegularizer
 from lightning_feat.callbacks.collapse_thresholds import CollapseThreshold
 from lightning_feat.callbacks.curves import CurvePlotter, Panel
+from lightning_feat.callbacks.data_plan import DataPlan
 from lightning_feat.callbacks.grassmann import GrassmannHead
 from lightning_feat.callbacks.grassmann_monitor import GrassmannMonitor
 from lightning_feat.callbacks.history import MetricHistory
@@ -20,6 +21,7 @@ from lightning_feat.callbacks.summary import SummaryTable
 __all__ = [
     "CollapseThreshold",
     "CurvePlotter",
+    "DataPlan",
     "DotRegressionRegularizer",
     "FeatureRegularizer",
     "GrassmannHead",

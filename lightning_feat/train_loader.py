@@ -1,0 +1,107 @@
+"""Change the training loader of a run from outside, whatever way the user hands it over.
+
+Lightning asks a *source* for the loader: the one given to ``fit``, or what ``train_dataloader`` of the module or the
+datamodule returns. Here a source of ours stands in its place, asks it, and changes what it gives. This file alone uses
+private names of Lightning (2.5 to 2.6): there is no public way to have a loader made anew between two epochs.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.trainer.connectors.data_connector import _DataLoaderSource
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning.pytorch.utilities.data import _update_dataloader
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, Sampler, SequentialSampler
+
+Change = Callable[[DataLoader[Any]], DataLoader[Any]]
+
+
+class _ChangedSource(_DataLoaderSource):
+    def __init__(self, source: _DataLoaderSource, key: str, name: str | int | None, change: Change) -> None:
+        super().__init__(source.instance, source.name)
+        self.source, self.key, self.which, self.change = source, key, name, change
+
+    def dataloader(self) -> Any:
+        return _changed(self.source.dataloader(), self.which, self.change)
+
+
+def change_train_loader(trainer: Trainer, key: str, name: str | int | None, change: Change) -> None:
+    """From the next time that Lightning asks for it, let ``change`` stand between the training loader and the run.
+
+    Args:
+        trainer: of the run, in ``setup`` or later.
+        key: for ``restore_train_loader``; the same key replaces the earlier change.
+        name: which loader of a dict (its key) or list (its position); None where there is but one.
+        change: gets the loader, and gives another.
+    """
+    restore_train_loader(trainer, key)
+    trainer.fit_loop._data_source = _ChangedSource(trainer.fit_loop._data_source, key, name, change)
+
+
+def restore_train_loader(trainer: Trainer, key: str) -> None:
+    """Take the change away. Nothing happens if there is none."""
+    outer: Any = trainer.fit_loop
+    place = "_data_source"
+    while isinstance(source := getattr(outer, place, None), _ChangedSource):
+        if source.key == key:
+            setattr(outer, place, source.source)
+            return
+        outer, place = source, "source"
+
+
+def make_train_loader_anew(trainer: Trainer) -> None:
+    """Let Lightning ask for the training loader again before the next epoch: call it when an epoch has ended.
+
+    Until then ``trainer.train_dataloader`` is None.
+    """
+    trainer.fit_loop._combined_loader = None
+
+
+def with_sampler(loader: DataLoader[Any], sampler: Sampler[Any]) -> DataLoader[Any]:
+    """The same loader, of the same class and with the same options, that draws by ``sampler``.
+
+    Raises:
+        ValueError: if it has no map-style data set, or a sampler of its own that would be lost.
+    """
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        what = type(loader).__name__ if not isinstance(loader, DataLoader) else "a DataLoader over an IterableDataset"
+        raise ValueError(
+            f"a sampler needs a DataLoader over a map-style data set, got {what}: its examples have no index. Weigh "
+            "their losses, or hand over a map-style data set."
+        )
+    if loader.batch_sampler is None or type(loader.batch_sampler) is not BatchSampler:
+        raise ValueError(
+            f"the loader has a {type(loader.batch_sampler).__name__} in the place of a batch size, which would be "
+            "lost: give the DataLoader batch_size and shuffle."
+        )
+    plain = type(loader.sampler) in (RandomSampler, SequentialSampler, type(sampler))
+    if not plain or getattr(loader.sampler, "replacement", False):
+        raise ValueError(
+            f"the loader draws by a {type(loader.sampler).__name__} of its own, which would be lost: give the "
+            "DataLoader shuffle=True in its place."
+        )
+    changed: DataLoader[Any] = _update_dataloader(loader, sampler)
+    return changed
+
+
+def _changed(loaders: Any, name: str | int | None, change: Change) -> Any:
+    if isinstance(loaders, CombinedLoader):
+        inner = _changed(loaders.iterables, name, change)
+        return CombinedLoader(inner, loaders._mode)
+    if isinstance(loaders, dict):
+        return {**loaders, (key := _one_of(loaders, name)): change(loaders[key])}
+    if isinstance(loaders, (list, tuple)):
+        place = _one_of(dict(enumerate(loaders)), name)
+        return [change(loader) if i == place else loader for i, loader in enumerate(loaders)]
+    if name is not None:
+        raise ValueError(f"loader={name!r}: there is one training loader, without a name. Leave the argument out.")
+    return change(loaders)
+
+
+def _one_of(loaders: dict[Any, Any], name: str | int | None) -> Any:
+    if name is None and len(loaders) == 1:
+        return next(iter(loaders))
+    if name not in loaders:
+        raise ValueError(f"loader={name!r}: say which of the training loaders is meant, one of {[*loaders]}.")
+    return name
