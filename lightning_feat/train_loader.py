@@ -1,8 +1,8 @@
 """Change the training loader of a run from outside, whatever way the user hands it over.
 
 Lightning asks a *source* for the loader: the one given to ``fit``, or what ``train_dataloader`` of the module or the
-datamodule returns. Here a source of ours stands in its place, asks it, and changes what it gives. This file alone uses
-private names of Lightning (2.5 to 2.6): there is no public way to have a loader made anew between two epochs.
+datamodule returns. Here a source of ours stands in its place, asks it, and changes what it gives. That takes private
+names of Lightning, run with 2.5 and 2.6: there is no public way to have a loader made anew between two epochs.
 """
 
 from collections.abc import Callable
