@@ -72,6 +72,8 @@ class HeadSwap:
                 "that it can be replaced before configure_model shards the module."
             )
         head = self.build(old)
+        if not old.weight.requires_grad:  # a frozen classifier stays frozen
+            head.requires_grad_(False)
         head.register_load_state_dict_pre_hook(self.loading)
         replace_layer(module, old, head.train(old.training))
         head.__dict__[_REPLACED] = tuple(old.parameters())

@@ -4,6 +4,7 @@ Eval mode, no gradient, the order of the data set, each sample once over all pro
 BatchNorm statistics and the metrics of the training stay as they are.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager
 from typing import Any, TypeAlias
@@ -12,7 +13,17 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch.utils.data import DataLoader, IterableDataset, Subset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 from lightning_feat.batches import inputs_of
 
@@ -40,13 +51,18 @@ def clean_loader(trainer: Trainer, loader: Any, name: str) -> DataLoader[Any]:
             shares are uneven: there the processes must run in step.
     """
     loader = loader[0] if isinstance(loader, list) and len(loader) == 1 else loader
+    if loader is None:
+        raise ValueError(
+            f"there are no {name} data yet: give the Trainer some, and where the first validation comes late leave its "
+            "sanity check on (num_sanity_val_steps)."
+        )
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         what = type(loader).__name__ if not isinstance(loader, DataLoader) else "a DataLoader over an IterableDataset"
         raise ValueError(
             f"a pass over the {name} data needs one DataLoader over a map-style data set, got {what}: choose the "
             "online mode, which sees the batches as they pass."
         )
-    dataset = loader.dataset
+    dataset = _drawn_from(loader, name)
     size = len(dataset) if isinstance(dataset, Sized) else 0
     if size % trainer.world_size and type(trainer.strategy).__name__ == "ModelParallelStrategy":
         raise ValueError(
@@ -56,13 +72,28 @@ def clean_loader(trainer: Trainer, loader: Any, name: str) -> DataLoader[Any]:
     share = Subset(dataset, range(trainer.global_rank, size, trainer.world_size)) if trainer.world_size > 1 else dataset
     return DataLoader(
         share,
-        batch_size=loader.batch_size or getattr(loader.batch_sampler, "batch_size", 1),
+        batch_size=None if loader.batch_sampler is None else getattr(loader.batch_sampler, "batch_size", 1),
         collate_fn=loader.collate_fn,
         num_workers=loader.num_workers,
         pin_memory=loader.pin_memory,
         worker_init_fn=loader.worker_init_fn,
         multiprocessing_context=loader.multiprocessing_context,
     )
+
+
+def _drawn_from(loader: DataLoader[Any], name: str) -> Any:
+    """The data set of the loader, or the part of it that its sampler draws from."""
+    sampler: Any = loader.sampler
+    sampler = getattr(getattr(sampler, "dataset", None), "_sampler", sampler)  # Lightning wraps those of users
+    if isinstance(sampler, SubsetRandomSampler):
+        return Subset(loader.dataset, sorted(int(i) for i in sampler.indices))
+    whole = (SequentialSampler, RandomSampler, WeightedRandomSampler, DistributedSampler)
+    if type(loader.batch_sampler) is BatchSampler and not isinstance(sampler, whole):
+        raise ValueError(
+            f"a pass over the {name} data cannot tell which examples a {type(sampler).__name__} leaves out: give the "
+            "DataLoader a torch.utils.data.Subset in place of such a sampler."
+        )
+    return loader.dataset
 
 
 @contextmanager
@@ -91,9 +122,13 @@ def is_last_epoch(trainer: Trainer) -> bool:
 
 
 def clean_batches(trainer: Trainer, module: LightningModule, loader: DataLoader[Any]) -> Iterator[Any]:
-    """The batches of ``loader`` as the module gets them from Lightning: converted, transferred, on its device."""
+    """The batches of ``loader`` as the module gets them from Lightning: converted, transferred, on its device.
+
+    Under ``fast_dev_run`` as many as that says; limits such as ``limit_train_batches`` do not count here.
+    """
     precision, strategy = trainer.precision_plugin, trainer.strategy
-    for batch in loader:
+    few = int(getattr(trainer, "fast_dev_run", False)) or None
+    for batch in itertools.islice(loader, few):
         yield strategy.batch_to_device(module._on_before_batch_transfer(precision.convert_input(batch)))
 
 

@@ -14,7 +14,7 @@ from lightning_feat.functional.grassmann import orthonormality_error
 from lightning_feat.functional.grassmann_angles import pairwise_principal_angles
 from lightning_feat.head_swap import HeadSwap, named_or_found, take_places
 from lightning_feat.layers.grassmann import GrassmannLinear, local_part
-from lightning_feat.optim.grassmann import SubspaceStep, Update, follow_subspaces
+from lightning_feat.optim.grassmann import SubspaceStep, Update, follow_subspaces, following
 from lightning_feat.own_parameters import optimizers_in
 from lightning_feat.processes import full_tensor
 from lightning_feat.wraps import add_link, remove_link
@@ -78,6 +78,7 @@ class GrassmannHead(Callback):
         }
         self.fresh_head = fresh_head
         self.steps: dict[Optimizer, SubspaceStep] = {}
+        self.others: dict[Optimizer, SubspaceStep] = {}
         self._batches_to_watch = 0
 
     @property
@@ -100,7 +101,7 @@ class GrassmannHead(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.follow(pl_module, trainer.optimizers)
         basis = self.head(pl_module).basis
-        if basis.requires_grad and not any(step.holds(basis) for step in self.steps.values()):
+        if basis.requires_grad and not any(step.holds(basis) for step in [*self.steps.values(), *self.others.values()]):
             raise RuntimeError(
                 f"no optimizer trains the class subspaces of {self._label(pl_module)}: give configure_optimizers the "
                 "parameters of the classifier as well."
@@ -143,10 +144,13 @@ class GrassmannHead(Callback):
             )
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if self.fresh_head and f"{self._label(pl_module)}.basis" not in checkpoint["state_dict"]:
+        names = {name.replace("_orig_mod.", "") for name in checkpoint["state_dict"]}
+        if self.fresh_head and f"{self._label(pl_module)}.basis" not in names:
             checkpoint["optimizer_states"] = []  # its parameters are others than ours
+            checkpoint["lr_schedulers"] = []  # a schedule in its middle beside an optimizer at its first rate
             rank_zero_warn(
-                f"{self._label(pl_module)} starts afresh, and so does the optimizer: both are not in the checkpoint."
+                f"{self._label(pl_module)} starts afresh, and so do the optimizer and its schedule: they are not those "
+                "of the checkpoint."
             )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -184,13 +188,18 @@ class GrassmannHead(Callback):
     def follow(self, pl_module: LightningModule, optimizers: list[Optimizer]) -> None:
         """Make these optimizers keep the subspaces on their manifold; those that do already are left alone."""
         for optimizer in optimizers:
-            if optimizer not in self.steps:
-                self.steps[optimizer] = follow_subspaces(optimizer, self.head(pl_module), **self.step_options)
+            if optimizer not in self.steps and optimizer not in self.others:
+                head = self.head(pl_module)
+                if (other := following(optimizer, head)) is not None:
+                    self.others[optimizer] = other  # the module's own call of follow_subspaces, which stays
+                else:
+                    self.steps[optimizer] = follow_subspaces(optimizer, head, **self.step_options)
 
     def _let_go(self, pl_module: LightningModule) -> None:
         for step in self.steps.values():
             step.remove()
         self.steps.clear()
+        self.others.clear()
         for method in ("configure_model", "configure_optimizers"):
             remove_link(pl_module, method, self.state_key)
 
@@ -229,4 +238,5 @@ def _error(head: GrassmannLinear) -> Tensor:
 
 
 def _build_head(options: dict[str, Any], old: nn.Linear) -> GrassmannLinear:
-    return GrassmannLinear(old.in_features, old.out_features, device=old.weight.device, **options)
+    head = GrassmannLinear(old.in_features, old.out_features, device=old.weight.device, **options)
+    return head.double() if old.weight.dtype == torch.float64 else head

@@ -1,3 +1,4 @@
+import weakref
 from typing import Any, Literal
 
 import torch
@@ -11,6 +12,7 @@ from lightning_feat.callbacks.grassmann import GrassmannHead
 from lightning_feat.callbacks.twins import callbacks_of, refuse_twin
 from lightning_feat.functional.class_separation import sample_of_each_class
 from lightning_feat.functional.grassmann import orthonormality_error
+from lightning_feat.functional.grassmann_angles import pairwise_principal_angles
 from lightning_feat.heads import find_classifier
 from lightning_feat.layers.grassmann import GrassmannLinear
 from lightning_feat.metrics.class_separation import ClassSeparation, WithinClassVariability
@@ -87,6 +89,7 @@ class GrassmannMonitor(Callback):
         self.figure, self.pooling = figure, pooling
         self.target_key, self.ignore_index, self.forward = target_key, ignore_index, forward
         self.start: Tensor | None = None
+        self._of: weakref.ref[LightningModule] | None = None  # whose start it is
         self._tap: FeatureTap | None = None
         self._listens, self._head_reports, self._label, self._folder = False, False, "", ""
         self._r2: ClassSeparation | None = None
@@ -107,8 +110,9 @@ class GrassmannMonitor(Callback):
         refuse_twin(trainer, self)
         if stage != "fit":
             return
-        if trainer.global_step == 0:
+        if trainer.global_step == 0 or self._of is None or self._of() is not pl_module:
             self.start = None  # of an earlier run; a checkpoint, if any, is loaded after this
+        self._of = weakref.ref(pl_module)
         if self.figure:
             self._folder = folder_for_figures(trainer, "figure=True")
 
@@ -129,6 +133,8 @@ class GrassmannMonitor(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.start is None:  # not in on_fit_start: with some strategies a checkpoint is loaded after it
             self.start = full_tensor(self._find(pl_module)[1].basis).cpu().clone()
+        if self.mode == "exact" and self.data == "train":  # what is wrong with the data is said now
+            clean_loader(trainer, trainer.train_dataloader, "training")
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._listens = self.mode == "online" and self._is_due(trainer)
@@ -172,7 +178,8 @@ class GrassmannMonitor(Callback):
         if not self._head_reports:
             self._log(pl_module, "orthonormality_error", orthonormality_error(basis).max())
             if len(angles):
-                self._log(pl_module, "smallest_angle", angles.min())
+                # Of all pairs, as GrassmannHead logs it, and not of a sample.
+                self._log(pl_module, "smallest_angle", pairwise_principal_angles(basis).min().rad2deg())
         if self.figure and len(angles) and not getattr(trainer, "fast_dev_run", False):
             self._show(trainer, angles.cpu())
         if self.mode == "exact":

@@ -139,6 +139,12 @@ class LinearProbe(Callback):
             )
             return torch.tensor(torch.nan)
         train, val, test = (features[name] for name in ("train", "val", "test"))
+        if len(train[1].unique()) < 2 or not len(val[1]) or not len(test[1]):
+            rank_zero_warn(
+                f"{self.state_key}: {len(train[1].unique())} classes to fit, {len(val[1])} samples to choose the "
+                f"penalty on, {len(test[1])} to test on: too few; the accuracy is nan."
+            )
+            return torch.tensor(torch.nan)
         self.result = linear_probe(*train, *val, *test, scaling=self.scaling, penalties=self.penalties)
         return self.result.accuracy
 

@@ -76,9 +76,11 @@ class SimplexETFHead(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         label = named_or_found(pl_module, self.layer)[0]
-        if self.fresh_head and f"{label}.prototypes" not in checkpoint["state_dict"]:
+        names = {name.replace("_orig_mod.", "") for name in checkpoint["state_dict"]}
+        if self.fresh_head and f"{label}.prototypes" not in names:
             checkpoint["optimizer_states"] = []  # it knows parameters that are gone
-            rank_zero_warn(f"{label} is fixed now, and the optimizer starts afresh: both are not in the checkpoint.")
+            checkpoint["lr_schedulers"] = []  # a schedule in its middle beside an optimizer at its first rate
+            rank_zero_warn(f"{label} is fixed now, and the optimizer and its schedule start afresh.")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._let_go(pl_module)

@@ -159,7 +159,11 @@ class DigitsDataModule(LightningDataModule):
 
     def _loader(self, part: "DigitsPart", shuffle: bool = False) -> DataLoader[tuple[Tensor | int, ...]]:
         return DataLoader(
-            part, self.batch_size, shuffle, num_workers=self.num_workers, persistent_workers=self.num_workers > 0
+            part,
+            batch_size=self.batch_size,  # by name: Lightning makes loaders anew, and would give shuffle twice
+            shuffle=shuffle,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
         )
 
 

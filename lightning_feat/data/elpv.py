@@ -107,7 +107,11 @@ class ElpvDataModule(LightningDataModule):
 
     def _loader(self, part: "ElpvPart", shuffle: bool = False) -> DataLoader[tuple[Tensor, int]]:
         return DataLoader(
-            part, self.batch_size, shuffle, num_workers=self.num_workers, persistent_workers=self.num_workers > 0
+            part,
+            batch_size=self.batch_size,  # by name: Lightning makes loaders anew, and would give shuffle twice
+            shuffle=shuffle,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
         )
 
 

@@ -143,7 +143,8 @@ class ImageFolderDataModule(LightningDataModule):
         return part
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, int]]:
-        drop_last = len(self.train_set) > self.batch_size
+        num_processes = 1 if self.trainer is None else self.trainer.world_size
+        drop_last = len(self.train_set) // num_processes > self.batch_size
         return self._loader(self.train_set, shuffle=True, drop_last=drop_last)
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, int]]:
@@ -159,8 +160,8 @@ class ImageFolderDataModule(LightningDataModule):
     def _loader(self, part: Any, shuffle: bool = False, drop_last: bool = False) -> DataLoader[tuple[Tensor, int]]:
         return DataLoader(
             part,
-            self.batch_size,
-            shuffle,
+            batch_size=self.batch_size,  # by name: Lightning makes loaders anew, and would give shuffle twice
+            shuffle=shuffle,
             num_workers=self.num_workers,
             drop_last=drop_last,
             pin_memory=torch.cuda.is_available(),

@@ -88,9 +88,16 @@ def principal_angles(a: Tensor, b: Tensor) -> Tensor:
     """
     small, large = _smaller_first(a, b)
     with full_precision(a.device):
-        cosines = torch.linalg.svdvals(small @ large.mT)  # descending, so the angles ascend
-        sines = torch.linalg.svdvals(_outside(small, large)).flip(-1)
+        cosines = svdvals_or_nan(small @ large.mT)  # descending, so the angles ascend
+        sines = svdvals_or_nan(_outside(small, large)).flip(-1)
     return torch.atan2(sines, cosines)
+
+
+def svdvals_or_nan(matrices: Tensor) -> Tensor:
+    """Singular values ``(..., k)``, nan where a matrix is not finite: ``svdvals`` itself would raise for all."""
+    finite = matrices.isfinite().all(-1).all(-1)[..., None]
+    values = torch.linalg.svdvals(torch.where(finite[..., None], matrices, 0.0))
+    return torch.where(finite, values, torch.nan)
 
 
 def geodesic_distance(a: Tensor, b: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ Shapes: C classes, k dimensions of a subspace, D features, P = C (C - 1) / 2 pai
 import torch
 from torch import Tensor
 
+from lightning_feat.functional.grassmann import svdvals_or_nan
+
 _BLOCK_ELEMENTS = 2**24  # float64 entries of the (B, C, k, k) cosines held at once: 128 MiB
 
 
@@ -28,5 +30,5 @@ def pairwise_principal_angles(basis: Tensor) -> Tensor:
         here_BkD = rows[first : first + block]
         cosines = torch.einsum("bkd,cld->bckl", here_BkD, rows[first:])
         i, j = torch.triu_indices(len(here_BkD), cosines.shape[1], 1, device=rows.device)
-        angles.append(torch.linalg.svdvals(cosines[i, j]).clamp(max=1).acos())
+        angles.append(svdvals_or_nan(cosines[i, j]).clamp(max=1).acos())
     return torch.cat(angles)

@@ -28,7 +28,7 @@ from torch import Tensor
 # Terms of the two series: for |H| <= 1 the first one left out is 1 / 12! = 2e-9 or 1 / 18! = 2e-16 at most.
 _DEGREE = {torch.float32: 5, torch.float64: 8}
 # Rounding moves H by eps |H|, so a turn of t radians leaves the end orthonormal to eps t^2 only: 2e-2 for 512 rad in
-# float32, from which the next step repairs it to 1e-6, and 4e-9 for 4096 rad in float64.
+# float32, from which the next repair brings it to 1e-6, and 4e-9 for 4096 rad in float64.
 _MAX_DOUBLINGS = {torch.float32: 9, torch.float64: 12}
 _BLOCK_BYTES = 6 * 2**20  # rows [X; Delta] of a block: 4 to 8 MiB are level on a CPU with 32 MiB of cache
 _ACCELERATOR_BLOCK_BYTES = 256 * 2**20  # a block costs launches, so few of them, but no second copy of a large head

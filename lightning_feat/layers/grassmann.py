@@ -135,7 +135,9 @@ class GrassmannLinear(nn.Module):
                 return
             exact = loaded.detach().to(torch.promote_types(loaded.dtype, torch.float32))
             error = float(orthonormality_error(exact).max())
-            if error > _TOLERANCE:
+            if error != error:
+                warnings.warn(f"the loaded {prefix}basis has entries that are NaN or inf.", stacklevel=2)
+            elif error > _TOLERANCE:
                 warnings.warn(
                     f"the loaded {prefix}basis was off the manifold (orthonormality error {error:.1e}) and has been "
                     "projected: it was averaged, stored in half precision, or trained without Riemannian steps.",

@@ -13,9 +13,11 @@ rules:
 * ``adam``: likewise, with one second moment for each class, which is invariant; see ``optim.subspace_rules``.
 
 No weight decay acts on a subspace. Decoupled decay moves a basis inside its own subspace, which is no move; coupled
-decay would enter the buffers, so the optimizer is handed the gradient minus the decay that it will add.
+decay would enter the buffers, so the optimizers of torch, and those made from them, are handed the gradient minus the
+decay that they will add. A learned scale of the head is a weight like others, and decays.
 """
 
+import weakref
 from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -31,6 +33,8 @@ _Held: TypeAlias = tuple[nn.Parameter, dict[str, Any]]  # a basis, and the group
 Update: TypeAlias = Literal["auto", "displacement", "momentum", "adam"]
 
 _BUFFER, _SQUARES, _STEPS, _COUNT = "subspace_momentum", "subspace_squares", "subspace_steps", "subspace_count"
+_PEAK = "subspace_peak"
+_STEPS_OF = "_feat_subspace_steps"  # on an optimizer: who follows it; not pickled or copied with it, like its hooks
 _REPAIR_EVERY = 8  # steps; between repairs rounding leaves float32 bases orthonormal to 2e-6
 _COUPLED = ("SGD", "Adam", "NAdam", "RAdam", "Adamax", "Adagrad", "Adadelta", "ASGD", "RMSprop", "RMSpropTF")
 # Their state holds weights, not gradients, or they evaluate the loss inside the step, at points that are off the
@@ -61,9 +65,10 @@ class SubspaceStep:
         self.update = _choose(update, optimizer)
         self.steps = 0
         self._heads = list(heads)  # and not their parameters: a move or a sharding may replace these
-        self._peak = {id(group): group["lr"] for group in optimizer.param_groups}
         self._start: dict[nn.Parameter, Tensor] = {}
+        self._without_decay: dict[nn.Parameter, tuple[weakref.ref[Tensor], int]] = {}  # gradient, version
         self._between = False  # a step has begun and not ended
+        optimizer.__dict__.setdefault(_STEPS_OF, []).append(self)
         self._handles = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
@@ -84,10 +89,13 @@ class SubspaceStep:
         """Take the hooks off the optimizer."""
         for handle in self._handles:
             handle.remove()
+        followers = self.optimizer.__dict__.get(_STEPS_OF, [])
+        if self in followers:
+            followers.remove(self)
         self._start.clear()
 
     def _held(self) -> list[_Held]:
-        bases = {head.basis for head in self._heads if head.basis.requires_grad}
+        bases = {head.basis for head in self._heads if head.basis.requires_grad or head.basis.grad is not None}
         return [(p, group) for group in self.optimizer.param_groups for p in group["params"] if p in bases]
 
     @torch.no_grad()
@@ -120,9 +128,14 @@ class SubspaceStep:
         scale = getattr(self.optimizer, "grad_scale", None)
         for basis, group in held:
             decay = _coupled_decay(self.optimizer, group)
-            if decay and basis.grad is not None:
-                local = local_part(basis)
-                local_part(basis.grad).sub_(local if scale is None else local * scale, alpha=decay)
+            if not decay or basis.grad is None:
+                continue
+            # Once for each gradient: the step of a subclass that calls that of its base fires the hooks twice.
+            local, gradient = local_part(basis), local_part(basis.grad)
+            done, version = self._without_decay.get(basis, (None, 0))
+            if done is None or done() is not basis.grad or version != gradient._version:
+                gradient.sub_(local if scale is None else local * scale, alpha=decay)
+                self._without_decay[basis] = weakref.ref(basis.grad), gradient._version
 
     @torch.no_grad()
     def _after(self, *_: Any) -> None:
@@ -132,8 +145,8 @@ class SubspaceStep:
             moved, start = local_part(basis), self._start[basis]
             if not moved.numel():
                 continue  # FSDP2 may leave a process without a class
-            if basis.grad is None:
-                moved.copy_(start)  # it may still have been decayed
+            if basis.grad is None or not basis.requires_grad:
+                moved.copy_(start)  # it may still have been decayed, or moved by its momentum
                 continue
             state = self.optimizer.state[basis]  # the optimizer's own, so that it is saved and restored with the rest
             if self.update != "displacement":
@@ -149,7 +162,9 @@ class SubspaceStep:
     ) -> None:
         """Put the displacement of one of our own rules in the place of the optimizer's."""
         gradient = local_part(basis.grad).to(moved.dtype)  # type: ignore[arg-type]
-        rate = self.lr * self.lr_factor * float(group["lr"]) / self._peak_rate(group)
+        if group.get("maximize", False):
+            gradient = -gradient
+        rate = self.lr * self.lr_factor * self._share_of_peak(group, state)
         # A fused optimizer is called also where fp16 gradients are infinite, and skips the step inside its kernel.
         skipped = getattr(self.optimizer, "found_inf", None)
         if _BUFFER not in state:
@@ -165,9 +180,15 @@ class SubspaceStep:
             moments = self.momentum, self.second_momentum
             move_by_adam(moved, start, gradient, buffer, squares, steps, rate, *moments, skipped)
 
-    def _peak_rate(self, group: dict[str, Any]) -> float:
-        peak = group.get("max_lr", group.get("initial_lr", self._peak.get(id(group), self.optimizer.defaults["lr"])))
-        return float(peak) or 1.0
+    def _share_of_peak(self, group: dict[str, Any], state: dict[str, Any]) -> float:
+        """The learning rate now over the highest one, as far as that is known; between 0 and 1."""
+        if group["lr"] is None:  # optimizers that choose it themselves
+            return 1.0
+        rate = float(group["lr"])
+        known = (float(group.get(name) or 0.0) for name in ("max_lr", "initial_lr"))
+        # In the state, so that it survives a resume, and those who lower initial_lr on the way, as weight averaging.
+        peak = state[_PEAK] = max(state.get(_PEAK, 0.0), rate, *known)
+        return rate / peak if peak else 0.0
 
 
 def follow_subspaces(
@@ -189,14 +210,17 @@ def follow_subspaces(
         update: ``"displacement"`` follows the optimizer's own step, ``"momentum"`` an SGD with momentum beside it
             (see the top of this file); ``"auto"`` is the first for SGD and the second for any other optimizer.
         lr_factor: multiplies the step of the subspaces, by either rule.
-        lr: peak learning rate of the ``momentum`` rule, 0.1 in the paper (0.3 beside LAMB). It follows the shape of
-            the group's schedule: its highest rate is taken from ``max_lr`` or ``initial_lr``, which schedulers set,
-            or is that at this call.
+        lr: peak learning rate of the ``momentum`` and ``adam`` rules, 0.1 in the paper (0.3 beside LAMB). It follows
+            the shape of the group's schedule, whose highest rate is the largest of ``max_lr`` and ``initial_lr``, which
+            schedulers set, and of the rates so far. Under a schedule whose factor never comes near 1, such as Noam's,
+            it stays as far below; under one that rises without saying how far (``CyclicLR``) it is ``lr`` until the
+            first turn.
         momentum: of the ``momentum`` and ``adam`` rules.
         second_momentum: of the ``adam`` rule, for the squared length of the gradient of each class.
 
     Raises:
-        ValueError: if the optimizer is known to be one that cannot be followed, or a number is out of range.
+        ValueError: if the optimizer is known to be one that cannot be followed, is followed already, or a number is
+            out of range. Hooks are not copied with an optimizer: call this again for a copy.
     """
     for cls in type(optimizer).__mro__:
         if any(name in cls.__name__ for name in _CANNOT_FOLLOW):
@@ -212,7 +236,18 @@ def follow_subspaces(
     if not 0 <= momentum < 1 or not 0 <= second_momentum < 1:
         raise ValueError(f"need momentum and second_momentum in [0, 1), got {momentum} and {second_momentum}.")
     heads = [part for part in module.modules() if isinstance(part, GrassmannLinear)]
+    if any(following(optimizer, head) is not None for head in heads):
+        raise ValueError(
+            f"the class subspaces already follow this {type(optimizer).__name__}: call follow_subspaces once for each "
+            "optimizer."
+        )
     return SubspaceStep(optimizer, heads, update, lr_factor, lr, momentum, second_momentum)
+
+
+def following(optimizer: Optimizer, head: GrassmannLinear) -> SubspaceStep | None:
+    """Who makes the optimizer keep this head on its manifold, if anyone does."""
+    followers: list[SubspaceStep] = optimizer.__dict__.get(_STEPS_OF, [])
+    return next((step for step in followers if step.holds(head.basis)), None)
 
 
 def _choose(update: Update, optimizer: Optimizer) -> Literal["displacement", "momentum", "adam"]:
@@ -223,7 +258,10 @@ def _choose(update: Update, optimizer: Optimizer) -> Literal["displacement", "mo
 
 def _coupled_decay(optimizer: Optimizer, group: dict[str, Any]) -> float:
     """The multiple of the parameter that this optimizer will add to its gradient; negative where it maximises."""
-    if type(optimizer).__name__ not in _COUPLED or group.get("decoupled_weight_decay", False):
+    known = [cls for cls in type(optimizer).__mro__ if cls.__module__.startswith(("torch.optim", "timm.optim"))]
+    if not any(cls.__name__ in _COUPLED for cls in known):
+        return 0.0
+    if group.get("decoupled_weight_decay", False) or group.get("decoupled_decay", False):
         return 0.0
     decay = float(group.get("weight_decay", 0.0))
     return -decay if group.get("maximize", False) else decay

@@ -394,3 +394,38 @@ def test_strategies_that_flatten_or_offload_are_refused_with_the_way_out(tmp_pat
     with pytest.raises(ValueError, match=f"{name} flattens or offloads .* use strategy='ddp', or FSDP2"):
         run.fit(module, loader(16))
     assert isinstance(module.net.fc, nn.Linear)
+
+
+class Follows(Momentum):
+    """Calls follow_subspaces itself, beside the callback."""
+
+    def configure_optimizers(self):
+        optimizers, schedulers = super().configure_optimizers()
+        follow_subspaces(optimizers[0], self)
+        return optimizers, schedulers
+
+
+def test_a_module_that_follows_by_itself_is_left_to_it(tmp_path):
+    once, twice = seeded(Momentum), seeded(Follows)
+    for module in (once, twice):
+        pl.seed_everything(1)
+        fit(tmp_path, module, GrassmannHead(2))
+    assert equal(weights(once), weights(twice))
+
+
+class Diverges(Momentum):
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) * torch.nan
+
+
+def test_a_diverged_run_goes_on(tmp_path):
+    run = fit(tmp_path, seeded(Diverges), GrassmannHead(2))
+    assert run.current_epoch == 3
+    assert run.callback_metrics["grassmann/smallest_angle/net.fc"].isnan()
+
+
+def test_a_frozen_classifier_stays_frozen(tmp_path):
+    module = seeded(Plain)
+    module.net.fc.requires_grad_(False)
+    fit(tmp_path, module, GrassmannHead(2))
+    assert not module.net.fc.basis.requires_grad

@@ -3,8 +3,10 @@ from hashlib import sha256
 
 import pytest
 import torch
+from helpers import trainer
 from torch.nn.functional import interpolate
 
+from lightning_feat.baselines import MLPClassifier
 from lightning_feat.data import DigitsDataModule
 from lightning_feat.data.digits import PIXEL_MEAN, PIXEL_STD, load_digits
 
@@ -171,3 +173,12 @@ def test_missing_scikit_learn_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(ModuleNotFoundError, match=r'pip install "lightning-feat\[recipes\]"'):
         ready()
+
+
+@pytest.mark.parametrize("options", [{"overfit_batches": 2}, {}])
+def test_lightning_can_make_its_loaders_anew(tmp_path, options):
+    """As it does for predict, for several processes and for overfit_batches."""
+    module, data = MLPClassifier(64, 10), DigitsDataModule(batch_size=32)
+    run = trainer(tmp_path, **options)
+    run.fit(module, data)
+    assert sum(len(batch) for batch in run.predict(module, data)) == len(data.test_set)

@@ -8,6 +8,7 @@ import pytest
 import timm.optim
 import torch
 from torch import nn
+from torch.nn.functional import cross_entropy
 
 from lightning_feat.functional.grassmann import geodesic_distance, orthonormality_error, random_basis
 from lightning_feat.layers import GrassmannLinear
@@ -349,3 +350,123 @@ def test_the_adam_rule_is_its_definition():
         w, s, uh = torch.linalg.svd(step, full_matrices=False)  # the geodesic of the paper, by singular values
         x = w @ torch.diag_embed(s.cos()) @ w.mT @ x + w @ torch.diag_embed(s.sin()) @ uh
         torch.testing.assert_close(projectors(head.basis), projectors(x), rtol=0, atol=1e-10)
+
+
+def decayed(cls, decay, num_steps=10, **options):
+    """The subspaces after some steps of an optimizer with weight decay."""
+    torch.manual_seed(0)
+    head = GrassmannLinear(12, 4, 2).double()
+    optimizer = cls(head.parameters(), lr=0.1, weight_decay=decay, **options)
+    follow_subspaces(optimizer, head, update="displacement")
+    for step in range(num_steps):
+        optimizer.zero_grad()
+        features = torch.randn(8, 12, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+        cross_entropy(head(features), torch.arange(8) % 4).backward()
+        optimizer.step()
+    return head.basis.detach()
+
+
+class MySGD(torch.optim.SGD):
+    """Inherits everything."""
+
+
+class Calling(torch.optim.SGD):
+    """Its step calls that of the base class, and the hooks of both fire."""
+
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("cls", [torch.optim.SGD, MySGD, Calling])
+def test_no_coupled_decay_acts_on_subspaces_of_derived_optimizers_either(cls):
+    moved = geodesic_distance(decayed(cls, 0.0, momentum=0.9), decayed(cls, 0.5, momentum=0.9))
+    assert moved.max() < 1e-12
+
+
+def rates_of(optimizer, head, schedule, num_steps=6):
+    """The turn of the first class in each step, for one and the same gradient and no momentum."""
+    turns = []
+    for _ in range(num_steps):
+        start = head.basis.detach().clone()
+        head.basis.grad = torch.zeros_like(head.basis)
+        head.basis.grad[:, 0, -1] = 1.0
+        head.basis.grad -= head.basis.grad @ start.mT @ start
+        length = float(torch.linalg.vector_norm(head.basis.grad[0]))
+        optimizer.step()
+        turns.append(float(geodesic_distance(head.basis.detach()[0], start[0])) / length)
+        schedule(optimizer)
+    return turns
+
+
+def momentum_rule(lr, **options):
+    torch.manual_seed(0)
+    head = GrassmannLinear(40, 3, 2).double()
+    optimizer = torch.optim.AdamW(head.parameters(), lr=lr, **options)
+    follow_subspaces(optimizer, head, lr=0.01, momentum=0.0)
+    return head, optimizer
+
+
+def test_the_momentum_rule_never_exceeds_its_peak_rate():
+    head, optimizer = momentum_rule(1e-4)
+    cyclic = torch.optim.lr_scheduler.CyclicLR(optimizer, 1e-5, 1e-3, step_size_up=3, cycle_momentum=False)
+    assert max(rates_of(optimizer, head, lambda _: cyclic.step())) < 0.0101
+
+
+def test_the_momentum_rule_follows_a_plateau_schedule_also_where_the_rate_is_a_tensor():
+    head, optimizer = momentum_rule(torch.tensor(1e-3), foreach=False, capturable=False)
+
+    def cut(optimizer):
+        optimizer.param_groups[0]["lr"].mul_(0.1)
+
+    turns = rates_of(optimizer, head, cut, 3)
+    assert turns == pytest.approx([0.01, 1e-3, 1e-4], rel=1e-3)
+
+
+def test_the_peak_rate_survives_a_resume():
+    head, optimizer = momentum_rule(1e-3)
+    rates_of(optimizer, head, lambda o: o.param_groups[0].update(lr=1e-4), 2)
+    other, resumed = momentum_rule(1e-3)
+    resumed.load_state_dict(optimizer.state_dict())
+    assert rates_of(resumed, other, lambda _: None, 1) == pytest.approx([1e-3], rel=1e-3)
+
+
+def test_maximising_goes_the_other_way():
+    def loss_after(maximize):
+        torch.manual_seed(0)
+        head = GrassmannLinear(12, 4, 2)
+        optimizer = torch.optim.AdamW(head.parameters(), lr=1e-3, maximize=maximize)
+        follow_subspaces(optimizer, head)
+        features, targets = torch.randn(16, 12), torch.arange(16) % 4
+        before = cross_entropy(head(features), targets)
+        for _ in range(5):
+            optimizer.zero_grad()
+            cross_entropy(head(features), targets).backward()
+            optimizer.step()
+        return float(cross_entropy(head(features), targets) - before)
+
+    assert loss_after(False) < -0.1
+    assert loss_after(True) > 0.1
+
+
+def test_following_twice_is_refused_until_the_first_lets_go():
+    head = GrassmannLinear(12, 4, 2)
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
+    first = follow_subspaces(optimizer, head)
+    with pytest.raises(ValueError, match="already follow this SGD"):
+        follow_subspaces(optimizer, head)
+    first.remove()
+    follow_subspaces(optimizer, head)
+
+
+def test_a_head_frozen_in_mid_run_stays_where_it_is():
+    head = GrassmannLinear(12, 4, 2)
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.1, momentum=0.9)
+    follow_subspaces(optimizer, head)
+    cross_entropy(head(torch.randn(8, 12)), torch.arange(8) % 4).backward()
+    optimizer.step()
+    head.requires_grad_(False)
+    start = head.basis.detach().clone()
+    for _ in range(3):
+        optimizer.zero_grad(set_to_none=False)
+        optimizer.step()
+    assert torch.equal(head.basis, start)
