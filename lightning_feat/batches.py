@@ -43,7 +43,7 @@ def inputs_of(batch: Any) -> Any:
     return batch[0] if isinstance(batch, (tuple, list)) and len(batch) > 0 else batch
 
 
-def class_indices(targets: Tensor, num_samples: int, where: str = "the targets") -> Tensor:
+def class_indices(targets: Tensor, num_samples: int, where: str = "the targets", views: bool = True) -> Tensor:
     """Targets as int64 class indices ``(num_samples,)``: per-token targets are flattened, several views repeat their
     targets.
 
@@ -51,6 +51,7 @@ def class_indices(targets: Tensor, num_samples: int, where: str = "the targets")
         targets: integer class indices ``(N,)`` or ``(N, T)``.
         num_samples: samples that the features have; a multiple of the targets where the layer ran once per view.
         where: begins the message of an error.
+        views: whether targets may repeat; not where the samples are tokens, each of which needs one.
 
     Raises:
         ValueError: if the targets are not integers, or their number does not divide ``num_samples``.
@@ -63,7 +64,7 @@ def class_indices(targets: Tensor, num_samples: int, where: str = "the targets")
             "batch[1].argmax(1)`."
         )
     flat = targets.reshape(-1)
-    if flat.numel() == 0 or num_samples % flat.numel():
+    if flat.numel() == 0 or num_samples % flat.numel() or not (views or flat.numel() == num_samples):
         raise ValueError(
             f"{where} have shape {tuple(targets.shape)}, which does not fit {num_samples} samples of features: choose "
             "a pooling ('tokens' where each token has a target), or a target_key that leads to one target per sample."

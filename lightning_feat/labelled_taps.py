@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from lightning_feat.batches import TargetKey, class_indices, targets_of
@@ -80,10 +81,13 @@ class LabelledTaps:
         targets = targets_of(batch, self.target_key)
         soft = targets.ndim == 2 and targets.is_floating_point()
         labelled, kept_logits = {}, None
-        for label, h in zip(self.labels, features, strict=True):
+        for label, tap, h in zip(self.labels, self.taps, features, strict=True):
             if label not in self.feeds:
-                self.feeds[label] = inputs is not None and inputs.shape == h.shape and bool((inputs == h).all())
-            t = targets if soft else class_indices(targets, len(h), f"the targets for layer {label}")
+                # As they are, NaN included: else one bad sample decides, and on one process otherwise than on another.
+                alike = inputs is not None and torch.equal(inputs.nan_to_num(), h.nan_to_num())
+                self.feeds[label] = alike
+            where = f"the targets for layer {label}"
+            t = targets if soft else class_indices(targets, len(h), where, views=tap.pooling != "tokens")
             keep = None if soft or bool((t != self.ignore_index).all()) else t != self.ignore_index
             labelled[label] = (h, t) if keep is None else (h[keep], t[keep])
             if self.feeds[label] and logits is not None:

@@ -150,7 +150,12 @@ class FeatureLossTerm(LossTerm):
             features = features.float()
         if not self.takes_targets:
             return self.loss(features)
-        targets = class_indices(targets_of(batch, self.target_key), len(features), f"the targets of {self.key}")
+        targets = class_indices(
+            targets_of(batch, self.target_key),
+            len(features),
+            f"the targets of {self.key}",
+            views=self.tap.pooling != "tokens",
+        )
         keep = targets != self.ignore_index
         if bool(keep.all()):
             return self.loss(features, targets)
@@ -184,7 +189,10 @@ class _Engine:
             for tap in term.taps:
                 tap.attach(module)
         configured = call()
-        own_parameters.append_to_optimizer(module, configured)
+        for term in self.terms.values():
+            if term.parameters is not None:
+                near = term.taps[0].find(module) if term.taps else module
+                own_parameters.append_to_optimizer(term.parameters, configured, near)
         return configured
 
     def around_training_step(self, module: LightningModule, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

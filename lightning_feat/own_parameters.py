@@ -55,14 +55,16 @@ def release(module: LightningModule, key: str) -> None:
             handle.remove()
 
 
-def append_to_optimizer(module: LightningModule, configured: Any) -> None:
-    """Append the own parameters that no optimizer holds yet to the last group of the first optimizer."""
-    own = module._modules.get(_NAME)
+def append_to_optimizer(own: nn.Module, configured: Any, near: nn.Module) -> None:
+    """Append the own parameters that no optimizer holds yet to the last group of the optimizer that trains ``near``, or
+    else of the first: another one would zero their gradients, or never see them.
+    """
     optimizers = optimizers_in(configured)
-    if own is None or not optimizers:
+    if not optimizers:
         return
-    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-    optimizers[0].param_groups[-1]["params"] += [p for p in own.parameters() if id(p) not in held]
+    held = {id(p): optimizer for optimizer in optimizers for p in _in_order(optimizer)}
+    optimizer = next((held[id(p)] for p in near.parameters() if id(p) in held), optimizers[0])
+    optimizer.param_groups[-1]["params"] += [p for p in own.parameters() if id(p) not in held]
 
 
 def optimizers_in(configured: Any) -> list[Optimizer]:

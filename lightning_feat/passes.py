@@ -1,7 +1,7 @@
 """Run a network over a data set in the middle of a fit, without a trace.
 
 Eval mode, no gradient, the order of the data set, each sample once over all processes; the random numbers, the
-BatchNorm statistics and the metrics of the training stay as they are.
+BatchNorm statistics and what the training has logged stay as they are.
 """
 
 import itertools
@@ -118,7 +118,9 @@ def without_trace(trainer: Trainer, module: LightningModule) -> Iterator[None]:
 def is_last_epoch(trainer: Trainer) -> bool:
     """Whether no epoch follows the one that ends: by ``max_epochs``, ``max_steps``, or a callback that stopped it."""
     by_steps = 0 <= trainer.max_steps <= trainer.global_step
-    return trainer.current_epoch + 1 == trainer.max_epochs or by_steps or trainer.should_stop
+    epochs = trainer.current_epoch + 1
+    may_stop = epochs >= (trainer.min_epochs or 0) and trainer.global_step >= (trainer.min_steps or 0)
+    return epochs == trainer.max_epochs or by_steps or (trainer.should_stop and may_stop)
 
 
 def clean_batches(trainer: Trainer, module: LightningModule, loader: DataLoader[Any]) -> Iterator[Any]:

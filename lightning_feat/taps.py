@@ -63,13 +63,17 @@ class FeatureTap:
     def attach(self, module: nn.Module) -> None:
         """Hook the layer of ``module``; an earlier hook is removed. Raises ``ValueError`` if there is no such layer."""
         self.remove()
-        layer = find_classifier(module)[1] if self.layer is None else find_layer(module, self.layer)
+        layer = self.find(module)
         self._ear = _Ear(self.keep_graph)
         if self.read == "input":
             self._handle = layer.register_forward_pre_hook(self._ear.hear_input, with_kwargs=True)
         else:
             self._handle = layer.register_forward_hook(self._ear.hear_output)
         forget_compiled_code(module)
+
+    def find(self, module: nn.Module) -> nn.Module:
+        """The layer of ``module``. Raises ``ValueError`` if there is no such layer."""
+        return find_classifier(module)[1] if self.layer is None else find_layer(module, self.layer)
 
     def listen(self) -> None:
         """Begin to hear; what was heard before is dropped."""
@@ -152,6 +156,8 @@ class _Ear:
             self._store(output)
 
     def _store(self, value: Any) -> None:
+        if self.keep_graph and not torch.is_grad_enabled():
+            return  # a pass for a target or a teacher: a loss on it would have no gradient, and thin out the others
         self.heard.append(value.detach() if isinstance(value, Tensor) and not self.keep_graph else value)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -185,11 +191,9 @@ def pool(features: Tensor, pooling: Pooling | None, where: str = "the layer") ->
     """Features of any usual shape as ``(N, D)``.
 
     ``(N, D)`` stays, and so does ``(N, C, 1, 1)`` but for its last two axes. Otherwise, of ``(N, T, D)`` tokens or
-    ``(N, C, H, W)``
-    maps: ``mean`` or ``max`` over tokens or positions; ``first`` token; ``flatten`` all of a sample into one vector;
-        ``tokens``: each
-    token or position becomes a sample of its own, in order, ``(N * T, D)``; ``channels_last_mean`` for maps ``(N, H,
-    W, C)``.
+    ``(N, C, H, W)`` maps: ``mean`` or ``max`` over tokens or positions; ``first`` token; ``flatten`` all of a sample
+    into one vector; ``tokens``: each token or position becomes a sample of its own, in order, ``(N * T, D)``;
+    ``channels_last_mean`` for maps ``(N, H, W, C)``.
 
     Raises:
         ValueError: if a pooling is needed and none is given, or the one given does not fit the shape.

@@ -78,3 +78,9 @@ def test_targets_that_are_not_integers_are_refused(targets):
 def test_targets_that_do_not_fit_the_features_are_refused():
     with pytest.raises(ValueError, match=r"shape \(4,\), which does not fit 6 samples"):
         class_indices(Y, 6)
+
+
+def test_tokens_need_a_target_each():
+    with pytest.raises(ValueError, match="does not fit 6 samples"):
+        class_indices(torch.tensor([0, 1]), 6, views=False)
+    assert class_indices(torch.tensor([[0, 1], [1, 1]]), 4, views=False).tolist() == [0, 1, 1, 1]

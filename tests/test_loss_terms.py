@@ -306,3 +306,60 @@ def test_two_terms_of_one_name_on_one_layer_are_refused_and_on_two_layers_welcom
 def test_a_loss_of_the_wrong_form_is_refused():
     with pytest.raises(ValueError, match="needs 3 arguments"):
         FeatureRegularizer(lambda a, b, c: a, "three")
+
+
+class Peeking(Plain):
+    """Runs the network once more without a gradient, as for a consistency target."""
+
+    def training_step(self, batch, batch_idx):
+        with torch.no_grad():
+            self(batch[0] + 10)
+        return super().training_step(batch, batch_idx)
+
+
+def test_a_forward_without_gradient_is_not_heard(tmp_path):
+    def trained(cls):
+        torch.manual_seed(0)
+        module = cls()
+        callback = FeatureRegularizer(lambda h: h.square().mean(), name="size", weight=5.0)
+        trainer(tmp_path, callbacks=[callback]).fit(module, loader(16))
+        return weights(module)
+
+    assert equal(trained(Peeking), trained(Plain))
+
+
+class Second(Plain):
+    """Its network is trained by the second of two optimizers, by hand."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+        self.other = torch.nn.Linear(4, 1)
+
+    def training_step(self, batch, batch_idx):
+        first, second = self.optimizers()
+        first.zero_grad()
+        self.manual_backward(self.other(batch[0]).square().mean())
+        first.step()
+        second.zero_grad()
+        self.manual_backward(cross_entropy(self(batch[0]), batch[1]))
+        second.step()
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(self.other.parameters(), lr=0.1), torch.optim.SGD(self.net.parameters(), lr=0.1)]
+
+
+class Centre(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.centre = torch.nn.Parameter(torch.zeros(8))
+
+    def forward(self, features):
+        return (features - self.centre).square().mean()
+
+
+def test_own_parameters_join_the_optimizer_that_trains_their_layer(tmp_path):
+    centre = Centre()
+    callback = FeatureRegularizer(centre, name="centre", backward_index=1)
+    trainer(tmp_path, callbacks=[callback]).fit(Second(), loader(32))
+    assert centre.centre.norm() > 0.01

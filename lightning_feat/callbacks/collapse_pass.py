@@ -4,6 +4,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -45,21 +46,22 @@ def exact_pass(
     free = memory_budget_mb * 2**20
     with without_trace(trainer, module), pass_progress(trainer) as progress:
         progress.start(f"Neural collapse, {name} data", len(clean))
-        for heard in _heard(trainer, module, clean, taps, forward, progress):
-            for label, (features, targets) in heard.labelled.items():
-                if label not in metrics:
-                    metrics[label] = new_metric(features)
-                metrics[label].update(features, targets)
-                free -= features.nbytes
-            free -= 0 if heard.logits is None else heard.logits.nbytes
-            if kept is not None and free >= 0:
-                kept.append(heard)
-            elif kept is not None:
-                kept = None
-                rank_zero_info(
-                    f"neural collapse: the features of the {name} data exceed memory_budget_mb={memory_budget_mb:g}, "
-                    "so the network runs over them twice."
-                )
+        with isolate_rng():  # a second pass meets the same random numbers, and so the same augmentations
+            for heard in _heard(trainer, module, clean, taps, forward, progress):
+                for label, (features, targets) in heard.labelled.items():
+                    if label not in metrics:
+                        metrics[label] = new_metric(features)
+                    metrics[label].update(features, targets)
+                    free -= features.nbytes
+                free -= 0 if heard.logits is None else heard.logits.nbytes
+                if kept is not None and free >= 0:
+                    kept.append(heard)
+                elif kept is not None:
+                    kept = None
+                    rank_zero_info(
+                        f"neural collapse: the features of the {name} data exceed "
+                        f"memory_budget_mb={memory_budget_mb:g}, so the network runs over them twice."
+                    )
         _complete(trainer, module, taps, metrics, new_metric)
         for metric in metrics.values():
             metric.start_second_pass()

@@ -46,6 +46,9 @@ class NeuralCollapseRegularizer(Callback):
     Under DDP each process averages over the samples of a class in its own batch, then gradients are averaged: a class
     that the processes hold in unequal numbers weighs otherwise than in one process with the whole batch.
 
+    Clipping by norm sees the gradient of the means, which is not small: it may leave the network a tenth of its step.
+    Clip by value, or at a larger norm.
+
     ``hold_back`` turns the sign of the pull for the features alone: they leave their class mean, which follows them as
     before, and, as the push still moves the means outward, classes are driven towards one another. Nothing bounds how
     far features go: keep the weight small and the weight decay on, and stop it by a ``WeightSchedule`` (``end_epoch``).

@@ -144,8 +144,8 @@ class GrassmannHead(Callback):
             )
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        names = {name.replace("_orig_mod.", "") for name in checkpoint["state_dict"]}
-        if self.fresh_head and f"{self._label(pl_module)}.basis" not in names:
+        names = {name.replace("_orig_mod.", "") for name in checkpoint.get("state_dict", ())}
+        if self.fresh_head and names and f"{self._label(pl_module)}.basis" not in names:
             checkpoint["optimizer_states"] = []  # its parameters are others than ours
             checkpoint["lr_schedulers"] = []  # a schedule in its middle beside an optimizer at its first rate
             rank_zero_warn(

@@ -246,7 +246,8 @@ class GrassmannMonitor(Callback):
             raise RuntimeError("the monitor listens only while fitting.")
         features = self._tap.take()
         where = f"the targets for layer {self._label}"
-        targets = class_indices(targets_of(batch, self.target_key), len(features), where).to(features.device)
+        targets = class_indices(targets_of(batch, self.target_key), len(features), where, self.pooling != "tokens")
+        targets = targets.to(features.device)
         return features, targets, targets != self.ignore_index
 
     def _metrics(self) -> list[ClassSeparation | WithinClassVariability]:

@@ -174,7 +174,8 @@ class LinearProbe(Callback):
                     h = self.tap.take()
                 features.append(h)
                 where = f"the targets for layer {self.tap.label}"
-                targets.append(class_indices(targets_of(batch, self.target_key), len(h), where).to(h.device))
+                found = class_indices(targets_of(batch, self.target_key), len(h), where, self.tap.pooling != "tokens")
+                targets.append(found.to(h.device))
         h = torch.cat(features) if features else torch.zeros(0, 1, device=module.device)
         t = torch.cat(targets) if targets else torch.zeros(0, dtype=torch.long, device=module.device)
         index = trainer.global_rank + trainer.world_size * torch.arange(len(t), device=t.device)

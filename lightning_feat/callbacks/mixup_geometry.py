@@ -33,7 +33,8 @@ class MixupGeometryMonitor(Callback):
     - ``slope_free``: what it would be for free features of the same margin (``functional.mixup_geometry.free_logits``);
     - ``calibration_error``: expected error of the confidence in clean samples, over bins of equal width.
 
-    Cost: a pass over the data, and ``2 * num_pairs * len(shares)`` more samples.
+    Cost: a pass over the data, and ``2 * num_pairs * len(shares)`` more samples. Each process of several draws its
+    pairs from its own share of the samples, which must hold some of two classes.
 
     Args:
         layer: dotted name of the classifier; None finds it. Its input is measured; it has a ``weight`` ``(C, D)``, or
@@ -92,7 +93,7 @@ class MixupGeometryMonitor(Callback):
             self._loader(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if batch_idx == 0:
+        if batch_idx == 0 and self.data == "train":
             _mixable(batch)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

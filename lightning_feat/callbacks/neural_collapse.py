@@ -14,7 +14,7 @@ from lightning_feat.callbacks.twins import refuse_twin
 from lightning_feat.functional.class_sums import GlobalMean
 from lightning_feat.labelled_taps import LabelledTaps
 from lightning_feat.metrics.neural_collapse import NeuralCollapse
-from lightning_feat.passes import Forward, is_last_epoch
+from lightning_feat.passes import Forward, clean_loader, is_last_epoch
 from lightning_feat.processes import repeated_rows
 from lightning_feat.taps import Pooling, Read, TapError
 
@@ -151,6 +151,10 @@ class NeuralCollapseMonitor(Callback):
         self.watch.reset()
         self.taps.attach(pl_module)
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.mode == "exact" and self.data != "val":  # what is wrong with the data is said now
+            clean_loader(trainer, trainer.train_dataloader, "training")
+
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for metric in self._online.values():
             metric.reset()
@@ -170,7 +174,7 @@ class NeuralCollapseMonitor(Callback):
         try:
             heard = self.taps.take(batch)
         except TapError:
-            if self._online:
+            if self._online or not outputs:
                 return  # a step may skip the network now and then
             raise
         for label, (features, targets) in heard.labelled.items():

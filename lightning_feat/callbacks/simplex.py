@@ -76,8 +76,8 @@ class SimplexETFHead(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         label = named_or_found(pl_module, self.layer)[0]
-        names = {name.replace("_orig_mod.", "") for name in checkpoint["state_dict"]}
-        if self.fresh_head and f"{label}.prototypes" not in names:
+        names = {name.replace("_orig_mod.", "") for name in checkpoint.get("state_dict", ())}
+        if self.fresh_head and names and f"{label}.prototypes" not in names:
             checkpoint["optimizer_states"] = []  # it knows parameters that are gone
             checkpoint["lr_schedulers"] = []  # a schedule in its middle beside an optimizer at its first rate
             rank_zero_warn(f"{label} is fixed now, and the optimizer and its schedule start afresh.")

@@ -32,7 +32,8 @@ def target_covariance(targets: Tensor) -> Tensor:
 def _outside(features: Tensor, directions_rD: Tensor) -> Tensor:
     """Mean squared part of the normalised features outside orthonormal directions; zero features are left out."""
     norm_N: Tensor = vector_norm(features, dim=1)
-    unit_ND = features[norm_N > 0] / norm_N[norm_N > 0, None]
+    # Not "> 0", which would leave out NaN as well.
+    unit_ND = features[norm_N != 0] / norm_N[norm_N != 0, None]
     return (unit_ND - unit_ND @ directions_rD.T @ directions_rD).square().sum(1).mean()
 
 
