@@ -15,8 +15,9 @@ class CollapseReport:
         points: for the curves of the figures: by ``<data>/<layer>``, ``(epochs completed, value)`` by measure.
     """
 
-    def __init__(self, mode: str, figures: bool, table: bool) -> None:
+    def __init__(self, mode: str, figures: bool, table: bool | None) -> None:
         self.mode, self.figures, self.table = mode, figures, table
+        self._writes_table = False
         self.points: dict[str, Points] = {}
         self._folder = ""
         self._failed: set[str] = set()
@@ -27,9 +28,10 @@ class CollapseReport:
         if trainer.global_step == 0:
             self.points = {}  # of an earlier run; a checkpoint, if any, is loaded after this
         if self.figures:
-            self._folder = folder_for_figures(trainer, "figures=True")
-        elif self.table:
-            self._folder = str(trainer.log_dir or trainer.default_root_dir)  # a broadcast: all processes ask, and now
+            folder_for_figures(trainer, "figures=True")  # says what is not installed
+        folder = trainer.log_dir  # a broadcast: all processes ask, and now
+        self._folder = str(folder or trainer.default_root_dir)
+        self._writes_table = bool(trainer.loggers and folder) if self.table is None else self.table
 
     def add(
         self, trainer: Trainer, layer: str, data: str, values: dict[str, float], picture: CollapsePicture | None
@@ -39,7 +41,7 @@ class CollapseReport:
             self._remember(f"{data}/{layer}", trainer.current_epoch + 1.0, values)
         if not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):  # the latter leaves nothing behind
             return
-        if self.table:
+        if self._writes_table:
             try:
                 table = CollapseTable(self._folder)
                 table.add(trainer.current_epoch, trainer.global_step, self.mode, layer, data, values)

@@ -47,7 +47,7 @@ class NeuralCollapseMonitor(Callback):
     ``(C, D)`` (``nn.Linear``, cosine classifiers) or a ``SimplexETF``, and their subspace versions for one that feeds
     a ``GrassmannLinear``; of another classifier a warning says that they are left out.
 
-    Beside the loggers, on demand: figures, a table with all measures in full precision, and thresholds that warn or
+    Beside the loggers: a table with all measures in full precision and, on demand, figures and thresholds that warn or
     stop. What goes wrong in writing is a warning.
 
     Args:
@@ -79,8 +79,9 @@ class NeuralCollapseMonitor(Callback):
             every TensorBoard and W&B logger. Takes 0.6 s each, and the eigenvalues of a ``(D, D)`` matrix: the spectrum
             within classes is left out, and said to be, in the exact mode above D = 2048 and in the online mode without
             the second moment. Needs matplotlib.
-        table: write ``neural_collapse.csv`` beside the logger's files, see ``callbacks.collapse_table``. Off by
-            default: the loggers have the values already, and a monitor should not surprise by files.
+        table: write ``neural_collapse.csv`` beside the logger's files, with every measure in full precision, see
+            ``callbacks.collapse_table``. None where there is a logger that has a folder; True also without, into
+            ``default_root_dir``.
         thresholds: see :class:`CollapseThreshold`.
     """
 
@@ -102,7 +103,7 @@ class NeuralCollapseMonitor(Callback):
         forward: Forward | None = None,
         memory_budget_mb: float = 1024.0,
         figures: bool = False,
-        table: bool = False,
+        table: bool | None = None,
         thresholds: list[CollapseThreshold] | None = None,
     ) -> None:
         if mode not in ("online", "exact") or data not in ("train", "val", "both"):

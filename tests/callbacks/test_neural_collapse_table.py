@@ -2,11 +2,13 @@
 
 import csv
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from helpers import Plain, loader, points, trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 
 from lightning_feat.callbacks import NeuralCollapseMonitor
 from lightning_feat.callbacks.collapse_table import CollapseTable
@@ -86,3 +88,12 @@ def test_table_that_cannot_be_written_is_one_warning_and_no_end(tmp_path):
         run, _ = fit(tmp_path, NeuralCollapseMonitor(table=True))
     assert run.current_epoch == 3
     assert len([warning for warning in caught if "its table" in str(warning.message)]) == 1
+
+
+def test_table_is_written_by_default_where_a_logger_has_a_folder(tmp_path):
+    fit(tmp_path, NeuralCollapseMonitor())
+    assert not (tmp_path / "neural_collapse.csv").exists()
+    run, _ = fit(tmp_path, NeuralCollapseMonitor(), logger=CSVLogger(tmp_path, name="run"))
+    assert len(table(Path(run.log_dir))) > 0
+    quiet, _ = fit(tmp_path, NeuralCollapseMonitor(table=False), logger=CSVLogger(tmp_path, name="run"))
+    assert not (Path(quiet.log_dir) / "neural_collapse.csv").exists()
