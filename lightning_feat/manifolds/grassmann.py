@@ -81,7 +81,7 @@ class Grassmann(Manifold):  # type: ignore[misc]  # geoopt is not typed
 
     def retr(self, x: Tensor, u: Tensor) -> Tensor:
         """Second-order retraction: the Q factor of ``x + u``, with the signs that keep the columns where they are."""
-        q, r = torch.linalg.qr(x + u)
+        q, r = torch.linalg.qr(x + self.proju(x, u))
         sign = torch.where(r.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(q.dtype)
         return (q * sign.unsqueeze(-2)).contiguous()
 

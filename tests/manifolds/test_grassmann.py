@@ -234,6 +234,13 @@ def test_random_and_origin_are_points_of_any_batch():
         assert x.is_contiguous()
 
 
+@pytest.mark.parametrize("move", ["retr", "expmap"])
+def test_of_a_vector_that_is_not_tangent_the_tangent_part_is_taken(move):
+    x = point(3)
+    u = torch.randn(x.shape, generator=torch.Generator().manual_seed(4), dtype=x.dtype)
+    close(getattr(MANIFOLD, move)(x, u), getattr(MANIFOLD, move)(x, MANIFOLD.proju(x, u)))
+
+
 @pytest.mark.parametrize("exact", [False, True], ids=["retr", "exact"])
 @pytest.mark.parametrize(
     "optimizer",
