@@ -55,7 +55,8 @@ class LabelledTaps:
         self.remove()
         self.head = self._find_head(module)
         if self.head is not None:
-            self._head_taps = [FeatureTap(self.head[0], "input"), FeatureTap(self.head[0], "output")]
+            pooling = self.taps[0].pooling if self.taps[0].pooling == "tokens" else None  # it classifies each token
+            self._head_taps = [FeatureTap(self.head[0], read, pooling) for read in ("input", "output")]
         for tap in [*self.taps, *self._head_taps]:
             tap.attach(module)
 

@@ -2,6 +2,7 @@
 
 import warnings
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from helpers import Plain, loader, points, trainer
@@ -176,3 +177,28 @@ def test_batches_with_indices_are_read_by_functions(tmp_path):
         run.fit(Indexed(lr=0.0), torch.utils.data.DataLoader(IndexedDataset(points(40)), batch_size=8))
         values[mode] = float(run.callback_metrics["neural_collapse/cdnv/penultimate"])
     assert values["online"] == pytest.approx(values["exact"], rel=1e-6)
+
+
+class Tokens(pl.LightningModule):
+    """Classifies each token of a sequence."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+    def training_step(self, batch, batch_idx):
+        return cross_entropy(self(batch[0]).flatten(0, 1), batch[1].flatten())
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("mode", ["online", "exact"])
+def test_a_classifier_of_tokens_is_compared_with_their_means(tmp_path, mode):
+    data = torch.utils.data.TensorDataset(torch.randn(12, 5, 4), torch.arange(60).view(12, 5) % 3)
+    run = trainer(tmp_path, callbacks=[NeuralCollapseMonitor(mode=mode, pooling="tokens")])
+    run.fit(Tokens(), torch.utils.data.DataLoader(data, batch_size=4))
+    assert run.callback_metrics["neural_collapse/nc3/penultimate"] > 0
