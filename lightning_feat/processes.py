@@ -11,6 +11,8 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lightning_feat.functional.class_sums import repeated_by_sampler
 
+_SENT_BYTES = 64 * 2**20
+
 
 def full_tensor(parameter: Tensor) -> Tensor:
     """The whole of a parameter that FSDP2 has sharded, on every process and without its gradient."""
@@ -30,6 +32,37 @@ def repeated_rows(trainer: Trainer, batch_idx: int, num_rows: int, device: torch
         return None
     size = len(sampler.dataset)  # type: ignore[arg-type]
     return repeated_by_sampler(batch_idx * batch_size, num_rows, trainer.global_rank, trainer.world_size, size, device)
+
+
+def gather_on_first(trainer: Trainer, rows: Tensor, indices: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The rows of all processes in ascending order of their indices, in the memory of the host of the first process.
+
+    Rows ``(n, ...)`` may lie in the memory of the host, and processes may hold unequal numbers of them; 64 MiB travel at
+    once. None on the other processes.
+    """
+    if trainer.world_size == 1:
+        return rows.cpu(), indices.cpu()
+    strategy, device = trainer.strategy, trainer.strategy.root_device
+    most = torch.tensor([len(rows), rows[:1].numel()], device=device)
+    length, width = (int(n) for n in strategy.reduce(most, reduce_op="max"))
+    shape = rows.shape[1:] if len(rows) else ((width,) if rows.ndim > 1 else ())
+    step = max(1, _SENT_BYTES // max(1, width * rows.element_size()))
+    parts: list[tuple[Tensor, Tensor]] = []
+    for start in range(0, length, step):
+        size = min(step, length - start)
+        sent = torch.zeros(size, *shape, dtype=rows.dtype, device=device)
+        named = torch.full((size,), -1, dtype=torch.long, device=device)
+        piece = rows[start : start + size]
+        sent[: len(piece)], named[: len(piece)] = piece.to(device), indices[start : start + size].to(device)
+        all_sent, all_named = strategy.all_gather(sent), strategy.all_gather(named)
+        if trainer.is_global_zero:
+            there = all_named >= 0
+            parts.append((all_sent[there].cpu(), all_named[there].cpu()))
+    if not trainer.is_global_zero:
+        return None
+    gathered, index = (torch.cat(column) for column in zip(*parts, strict=True))
+    order = index.argsort()
+    return gathered[order], index[order]
 
 
 def gather_samples(features: Tensor, targets: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:

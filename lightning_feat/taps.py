@@ -55,9 +55,11 @@ class FeatureTap:
 
     @property
     def label(self) -> str:
-        """The name that logged values carry: the layer's, with ``.input`` where that is read, or ``penultimate``."""
+        """The name that logged values carry: the layer's, with ``.input`` where that is read; of a classifier without
+        a name ``penultimate``, or ``logits`` for its output.
+        """
         if self.layer is None:
-            return "penultimate"
+            return "penultimate" if self.read == "input" else "logits"
         return self.layer if self.read == "output" else f"{self.layer}.input"
 
     def attach(self, module: nn.Module) -> None:

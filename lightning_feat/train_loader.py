@@ -58,6 +58,36 @@ def make_train_loader_anew(trainer: Trainer) -> None:
     trainer.fit_loop._combined_loader = None
 
 
+def end_the_epoch_resumed(trainer: Trainer) -> None:
+    """In ``on_train_start``: a checkpoint that was saved after the last batch of an epoch begins the next one.
+
+    Lightning tells by the number of batches, and by that of the next epoch, which may be larger: then it would run the
+    difference alone.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    if loop.restarted_on_train_batch_end:
+        loop.batch_progress.increment_completed()
+        progresses: list[Any] = [
+            loop.batch_progress,
+            loop.scheduler_progress,
+            loop.automatic_optimization.optim_progress,
+        ]
+        for progress in progresses:
+            progress.reset_on_run()
+        loop.val_loop.batch_progress.total.reset()
+        loop.reset_restart_stage()
+
+
+def one_train_loader(trainer: Trainer, name: str | int | None) -> Any:
+    """The training loader that the run uses now, of several the one that ``name`` says."""
+    loaders = trainer.train_dataloader
+    if isinstance(loaders, dict):
+        return loaders[_one_of(loaders, name)]
+    if isinstance(loaders, (list, tuple)):
+        return loaders[_one_of(dict(enumerate(loaders)), name)]
+    return loaders
+
+
 def with_sampler(loader: DataLoader[Any], sampler: Sampler[Any]) -> DataLoader[Any]:
     """The same loader, of the same class and with the same options, that draws by ``sampler``.
 

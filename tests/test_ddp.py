@@ -1,43 +1,16 @@
 """Two processes do together what one does alone."""
 
-import json
 import math
-import os
-import socket
-import subprocess
-import sys
 
 import ddp_cases
 import pytest
+from pairs import run_pair
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     """The results of all cases on two processes, as a pair of dictionaries."""
-    folder = tmp_path_factory.mktemp("pair")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    processes = []
-    for rank in range(2):
-        where = {
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-            "WORLD_SIZE": "2",
-            "NODE_RANK": "0",
-            "LOCAL_RANK": str(rank),
-        }
-        command = [sys.executable, ddp_cases.__file__, str(folder / f"{rank}.json")]
-        env = {**os.environ, **where, "OMP_NUM_THREADS": "1"}
-        processes.append(subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE))
-    try:
-        errors = [process.communicate(timeout=180)[1].decode() for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    paths = [folder / f"{rank}.json" for rank in range(2)]
-    assert all(path.exists() for path in paths), errors
-    return tuple(json.loads(path.read_text()) for path in paths)
+    return run_pair(ddp_cases.__file__, tmp_path_factory.mktemp("pair"))
 
 
 def of(pair, name):

@@ -26,12 +26,13 @@ BELOW = {  # what of ours each room may import
     "passes": {"batches"},
     "processes": {"functional"},
     "train_loader": set(),
+    "restart": {"train_loader"},
     "loss_terms": {"own_parameters", "batches", "taps", "wraps"},
     "__main__": set(),
     "__init__": set(),
 }
 JOINTS = {"wraps", "batches", "heads", "head_swap", "own_parameters", "taps", "labelled_taps", "loss_terms"}
-JOINTS |= {"passes", "processes", "train_loader"}
+JOINTS |= {"passes", "processes", "restart", "train_loader"}
 BELOW["callbacks"] = {"callbacks", "metrics", "data", *BELOW["optim"], *JOINTS}
 BELOW["mixins"] = {"mixins", "metrics", *BELOW["optim"], *JOINTS}
 FOREIGN = {  # what of others, beside the standard library, a room may import at the top of a file

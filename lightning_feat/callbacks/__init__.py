@@ -17,6 +17,7 @@ from lightning_feat.callbacks.regression_collapse import RegressionCollapseMonit
 from lightning_feat.callbacks.regularizer import FeatureRegularizer, Regularizer
 from lightning_feat.callbacks.simplex import DotRegressionRegularizer, SimplexETFHead
 from lightning_feat.callbacks.summary import SummaryTable
+from lightning_feat.callbacks.upsampling import SimplicityBiasUpsampler
 
 __all__ = [
     "CollapseThreshold",
@@ -35,5 +36,6 @@ __all__ = [
     "RegressionCollapseMonitor",
     "Regularizer",
     "SimplexETFHead",
+    "SimplicityBiasUpsampler",
     "SummaryTable",
 ]

@@ -12,6 +12,7 @@ from lightning_feat.data.plan import Length, PlanSampler
 from lightning_feat.passes import is_last_epoch
 from lightning_feat.train_loader import (
     change_train_loader,
+    end_the_epoch_resumed,
     make_train_loader_anew,
     restore_train_loader,
     with_sampler,
@@ -61,6 +62,8 @@ class DataPlan(Callback):
             return
         self._resume = None
         callbacks = callbacks_of(trainer)
+        if any(isinstance(c, DataPlan) and c is not self and c.loader == self.loader for c in callbacks):
+            raise ValueError(f"{self.state_key}: two callbacks plan the same training data; keep one of them.")
         others = [callback for callback in callbacks if callback is not self]
         savers = [callback for callback in others if isinstance(callback, Checkpoint)]
         # A new list: Lightning goes through the old one at this moment.
@@ -76,8 +79,9 @@ class DataPlan(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._resume = None
-        if self._built[0] != trainer.current_epoch and self._built[1] != self._counts_of(trainer.current_epoch):
-            make_train_loader_anew(trainer)  # it was made for the epoch that the checkpoint ended
+        if self._built[0] != trainer.current_epoch:  # it was made for the epoch that the checkpoint ended
+            make_train_loader_anew(trainer)
+            end_the_epoch_resumed(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if is_last_epoch(trainer):

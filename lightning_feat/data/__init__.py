@@ -5,6 +5,7 @@ from lightning_feat.data.elpv import ElpvDataModule
 from lightning_feat.data.image_folder import ImageFolderDataModule, write_example_folder
 from lightning_feat.data.indexed import IndexedDataset
 from lightning_feat.data.plan import PlanSampler
+from lightning_feat.data.selection import Selection
 
 __all__ = [
     "DigitsDataModule",
@@ -12,5 +13,6 @@ __all__ = [
     "ImageFolderDataModule",
     "IndexedDataset",
     "PlanSampler",
+    "Selection",
     "write_example_folder",
 ]

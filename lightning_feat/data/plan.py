@@ -81,11 +81,14 @@ class PlanSampler(DistributedSampler[Any]):
             shown = torch.searchsorted(self.counts.cumsum(0).double(), points, right=True)
         return shown[torch.randperm(len(shown), generator=generator)]
 
+    def share(self) -> Tensor:
+        """Indices ``(len(self),)`` of what this process sees in this epoch, in that order, all of it."""
+        order = self.order()
+        return order[torch.arange(self.num_replicas * len(self)) % len(order)][self.rank :: self.num_replicas]
+
     def __iter__(self) -> Iterator[int]:
         skip, self.skip = self.skip, 0
-        order = self.order()
-        filled = order[torch.arange(self.num_replicas * len(self)) % len(order)]
-        return iter(filled[self.rank :: self.num_replicas][skip:].tolist())
+        return iter(self.share()[skip:].tolist())
 
     def __len__(self) -> int:
         """Examples of an epoch on each process."""

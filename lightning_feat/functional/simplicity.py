@@ -30,7 +30,13 @@ class SlowExamples(NamedTuple):
 
 @torch.no_grad()
 def two_means(
-    outputs: Tensor, targets: Tensor, num_classes: int, restarts: int = 10, max_iterations: int = 100, seed: int = 0
+    outputs: Tensor,
+    targets: Tensor,
+    num_classes: int,
+    restarts: int = 10,
+    max_iterations: int = 100,
+    seed: int = 0,
+    device: torch.device | str | None = None,
 ) -> TwoMeans:
     r"""Cut the outputs of each class in two by k-means with k = 2, all restarts and many classes at once.
 
@@ -46,6 +52,8 @@ def two_means(
         max_iterations: bound; it ends as soon as no example changes sides.
         seed: of the starts; the global random numbers stay as they are. The starts are drawn on the CPU, so that every
             device begins with the same.
+        device: where to compute, a block at a time: outputs too large for it may stay in the memory of the host. None
+            for where they are.
 
     Raises:
         ValueError: if shapes do not fit, an output is NaN or inf, or a number is below one.
@@ -69,23 +77,32 @@ def two_means(
     cluster_N = torch.zeros_like(targets)
     inertia_C = torch.full((num_classes,), torch.nan, dtype=torch.float64, device=outputs.device)
     generator = torch.Generator().manual_seed(seed)
-    draws_CR2 = torch.rand(num_classes, restarts, 2, generator=generator, dtype=torch.float64).to(outputs.device)
+    draws_CR2 = torch.rand(num_classes, restarts, 2, generator=generator, dtype=torch.float64)
+    device = outputs.device if device is None else torch.device(device)
     for classes_B in _blocks(count_C, outputs.shape[1] * exact.itemsize + 40 * restarts):
         slot_M = torch.arange(int(count_C[classes_B].max()), device=outputs.device)
         there_BM = slot_M < count_C[classes_B, None]
         place_BM = by_class_N[(first_C[classes_B, None] + slot_M).clamp(max=len(targets) - 1)]
-        x_BMF = outputs[place_BM].to(exact) * there_BM[:, :, None]
-        x_BMF -= x_BMF.sum(1, keepdim=True) / count_C[classes_B, None, None]  # differences of large numbers cancel
-        x_BMF *= there_BM[:, :, None]
-        side_BM, inertia_B = _cut(x_BMF, there_BM, draws_CR2[classes_B], max_iterations)
-        cluster_N[place_BM[there_BM]] = side_BM[there_BM].to(cluster_N.dtype)
-        inertia_C[classes_B] = inertia_B
+        x_BMF, here_BM = outputs[place_BM].to(device, exact), there_BM.to(device)
+        x_BMF *= here_BM[:, :, None]
+        # Centred, as differences of large numbers cancel.
+        x_BMF -= x_BMF.sum(1, keepdim=True) / here_BM.sum(1)[:, None, None]
+        x_BMF *= here_BM[:, :, None]
+        side_BM, inertia_B = _cut(x_BMF, here_BM, draws_CR2[classes_B.cpu()].to(device), max_iterations)
+        cluster_N[place_BM[there_BM]] = side_BM.to(outputs.device)[there_BM].to(cluster_N.dtype)
+        inertia_C[classes_B] = inertia_B.to(outputs.device)
     return TwoMeans(cluster_N, inertia_C)
 
 
 @torch.no_grad()
 def slow_examples(
-    outputs: Tensor, losses: Tensor, targets: Tensor, num_classes: int, restarts: int = 10, seed: int = 0
+    outputs: Tensor,
+    losses: Tensor,
+    targets: Tensor,
+    num_classes: int,
+    restarts: int = 10,
+    seed: int = 0,
+    device: torch.device | str | None = None,
 ) -> SlowExamples:
     """The cluster with the higher mean loss in each class: the examples without the feature that is easy to learn.
 
@@ -101,6 +118,7 @@ def slow_examples(
         num_classes: number of classes C.
         restarts: of k-means.
         seed: of k-means.
+        device: where to cluster, see :func:`two_means`.
 
     Raises:
         ValueError: as :func:`two_means`, and if a loss is NaN or the losses do not fit the targets.
@@ -110,12 +128,13 @@ def slow_examples(
         >>> slow_examples(outputs, (-outputs[:, 0]).exp(), torch.zeros(5, dtype=torch.long), num_classes=1).slow
         tensor([False, False, False,  True,  True])
     """
+    _check(outputs, targets, num_classes)
     if losses.shape != targets.shape or losses.isnan().any():
         raise ValueError(
             f"losses {tuple(losses.shape)} must give one number for each of the {len(targets)} examples, none NaN: "
             "take the loss with reduction='none'."
         )
-    cluster_N = two_means(outputs, targets, num_classes, restarts, seed=seed).cluster
+    cluster_N = two_means(outputs, targets, num_classes, restarts, seed=seed, device=device).cluster
     group_N = 2 * targets + cluster_N
     count = group_N.bincount(minlength=2 * num_classes)
     total = torch.zeros(2 * num_classes, dtype=torch.float64, device=losses.device)
