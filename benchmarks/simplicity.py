@@ -1,20 +1,30 @@
-"""Time of the selection of slow examples, beside scikit-learn's k-means on the same outputs.
+"""Time of the selection of slow examples, beside scikit-learn's k-means and beside an epoch of training.
 
-    python benchmarks/simplicity.py [--quick]   # --quick leaves out the largest case
+    python benchmarks/simplicity.py [--quick]   # --quick leaves out the largest cases
 
-One process, threads as found, medians of three rounds taken in turns. Both cut every class in two with ten starts; the
-inertias that they reach are printed, as a sum over classes, relative to scikit-learn's.
+One process, threads as found, medians of three rounds taken in turns.
+
+- clustering: both cut every class in two with ten starts; the inertias that they reach are printed, as a sum over
+  classes, relative to scikit-learn's. Then the same from outputs in float16, the memory on top of the outputs, and the
+  share of examples that change sides.
+- selection: the pass over the data, clustering and all, inside a fit, over the time of the epoch before it
 """
 
 import argparse
+import resource
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule, Trainer
 from sklearn.cluster import KMeans
 from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_feat.baselines import MLPClassifier, TimmClassifier
+from lightning_feat.callbacks import SimplicityBiasUpsampler
 from lightning_feat.functional.simplicity import two_means
 
 CASES = [(10_000, 10, 10), (50_000, 100, 100), (100_000, 100, 100)]  # examples, classes, outputs
@@ -36,6 +46,38 @@ def by_scikit_learn(outputs: Tensor, targets: Tensor, num_classes: int) -> float
         mine = outputs[targets == label].numpy()
         inertia += float(KMeans(2, n_init=10, random_state=0, max_iter=100, tol=0).fit(mine).inertia_)
     return inertia
+
+
+class Timed(SimplicityBiasUpsampler):
+    """Goes on after the first epoch, and takes the time of that epoch and of the selection after it."""
+
+    def __init__(self) -> None:
+        super().__init__(separating_epoch=1, restart=False)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_epoch_start(trainer, pl_module)
+        self.began = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        ended = time.perf_counter()
+        if self.selection is None:
+            super().on_train_epoch_end(trainer, pl_module)
+            self.epoch, self.took = ended - self.began, time.perf_counter() - ended
+
+
+def selection_over_epoch(new_module: Callable[[], LightningModule], images: Tensor, num_classes: int) -> list[float]:
+    """Seconds of an epoch, of the selection, and their ratio."""
+    rounds = []
+    for _ in range(3):
+        timed = Timed()
+        quiet: dict[str, Any] = dict.fromkeys(
+            ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
+        )
+        data = TensorDataset(images, torch.arange(len(images)) % num_classes)
+        trainer = Trainer(max_epochs=2, accelerator="cpu", callbacks=timed, limit_val_batches=0, **quiet)
+        trainer.fit(new_module(), DataLoader(data, batch_size=128, shuffle=True))
+        rounds.append([timed.epoch, timed.took, timed.took / timed.epoch])
+    return [statistics.median(column) for column in zip(*rounds, strict=True)]
 
 
 def main() -> None:
@@ -63,6 +105,25 @@ def main() -> None:
         print(
             f"| {' x '.join(map(str, case))} | " + " | ".join(cells) + f" | {inertia['ours'] / inertia['theirs']:.6f} |"
         )
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        exact, half = two_means(outputs, targets, case[1]), two_means(outputs.half(), targets, case[1])
+        more = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+        agree = (exact.cluster == half.cluster).float()
+        share = torch.zeros(case[1]).index_add_(0, targets, agree) / targets.bincount(minlength=case[1])
+        changed = float((1 - torch.maximum(share, 1 - share)).mean())  # which cluster is called 0 is chance
+        print(f"\nfrom float16: {changed:.2e} of the examples change sides; {more:.0f} MiB more than before\n")
+    print("| network, data | epoch (s) | selection (s) | ratio |\n|---|---|---|---|")
+    pixels = torch.randn(20_000, 64)
+    cases: dict[str, tuple[Callable[[], LightningModule], Tensor, int]] = {
+        "MLP 128-64, 20,000 x 64": (lambda: MLPClassifier(64, 10), pixels, 10),
+        "MLP 128-64, 20,000 x 64, 100 classes": (lambda: MLPClassifier(64, 100), pixels, 100),
+    }
+    if not arguments.quick:
+        images = torch.randn(1_000, 3, 32, 32)
+        cases["resnet18, 1,000 x 32 px"] = (lambda: TimmClassifier("resnet18", 10), images, 10)
+    for name, case_ in cases.items():
+        epoch, took, ratio = selection_over_epoch(*case_)
+        print(f"| {name} | {epoch:.2f} | {took:.2f} | {ratio:.2f} |")
 
 
 if __name__ == "__main__":

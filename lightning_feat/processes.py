@@ -37,8 +37,8 @@ def repeated_rows(trainer: Trainer, batch_idx: int, num_rows: int, device: torch
 def gather_on_first(trainer: Trainer, rows: Tensor, indices: Tensor) -> tuple[Tensor, Tensor] | None:
     """The rows of all processes in ascending order of their indices, in the memory of the host of the first process.
 
-    Rows ``(n, ...)`` may lie in the memory of the host, and processes may hold unequal numbers of them; 64 MiB travel at
-    once. None on the other processes.
+    Rows ``(n, ...)`` may lie in the memory of the host, and processes may hold unequal numbers of them. 64 MiB travel
+    at once. None on the other processes.
     """
     if trainer.world_size == 1:
         return rows.cpu(), indices.cpu()

@@ -71,6 +71,7 @@ class SlowPass:
     ) -> None:
         self.outputs, self.choose, self.criterion = outputs, choose, criterion
         self.target_key, self.forward, self.half = target_key, forward, half
+        self.num_classes = 0  # seen in a batch
         self.logits = FeatureTap(layer, "output")
         self.features = FeatureTap(layer, "input")
 

@@ -1,3 +1,4 @@
+import math
 import os
 from collections.abc import Callable
 from typing import Any, Literal, get_args
@@ -13,7 +14,14 @@ from torch.utils.data import DataLoader
 from lightning_feat.batches import TargetKey, class_indices, targets_of
 from lightning_feat.callbacks.data_plan import DataPlan
 from lightning_feat.callbacks.slow_loss import SlowLossTerm
-from lightning_feat.callbacks.slow_pass import Choose, Criterion, Outputs, SlowPass, warn_of_augmentation
+from lightning_feat.callbacks.slow_pass import (
+    Choose,
+    Criterion,
+    Outputs,
+    SlowPass,
+    losses_of_each,
+    warn_of_augmentation,
+)
 from lightning_feat.data.plan import Length
 from lightning_feat.data.selection import Selection
 from lightning_feat.functional.separating_epoch import knee_reached
@@ -50,7 +58,8 @@ class SimplicityBiasUpsampler(DataPlan):
 
     Args:
         separating_epoch: when to choose: a share of ``max_epochs``, at least one epoch; a number of epochs; or
-            ``"knee"``, the epoch from which the training error falls more slowly (``functional.separating_epoch``).
+            ``"knee"``, the epoch from which the loss on the training batches falls more slowly
+            (``functional.separating_epoch``).
         factor: how often a slow example is shown; the paper finds 2 best.
         restart: start again (the paper), or go on from the separating epoch.
         choose: ``"clusters"``; or, for comparison, as many of each class by the highest ``"loss"`` or at ``"random"``,
@@ -115,13 +124,13 @@ class SimplicityBiasUpsampler(DataPlan):
             raise ValueError(f"factor={factor} must be at least 2: how often a slow example is shown.")
         super().__init__(self._counts_in, length, seed, loader)
         self.separating_epoch, self.factor, self.restart, self.show = separating_epoch, factor, restart, show
-        self.clean, self.target_key, self.path = clean, target_key, selection
+        self.clean, self.criterion, self.target_key, self.path = clean, criterion, target_key, selection
         self.look = SlowPass(layer, outputs, choose, criterion, target_key, forward, half)
         self.term = SlowLossTerm(layer, factor, criterion, target_key) if show == "weights" else None
         self.selection: Selection | None = None
         self._stage: Literal["searching", "found", "using"] = "searching"
-        self._errors: list[float] = []  # of the training batches, by epoch; for the knee
-        self._counted = torch.zeros(2)  # wrong, and seen, in this epoch
+        self._losses: list[float] = []  # means over the training batches, by epoch; for the knee
+        self._summed = torch.zeros(2)  # losses of this epoch, and their number
         self._beginning: Beginning | None = None
         self._first_weights: dict[str, Tensor] | None = None  # where a checkpoint brings them
         self._first_states: dict[str, Any] | None = None
@@ -133,7 +142,7 @@ class SimplicityBiasUpsampler(DataPlan):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit" and trainer.global_step == 0:
-            self.selection, self._stage, self._errors = None, "searching", []
+            self.selection, self._stage, self._losses = None, "searching", []
             self._beginning = self._first_weights = self._first_states = None
             if self.path is not None:
                 self.selection, self._stage = Selection.load(self.path), "using"
@@ -204,10 +213,10 @@ class SimplicityBiasUpsampler(DataPlan):
         super().on_train_start(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._counted = torch.zeros(2, device=pl_module.device)
+        self._summed = torch.zeros(2, device=pl_module.device)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self._counts_errors:
+        if self._seeks_knee:
             self.look.logits.listen()
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -216,11 +225,12 @@ class SimplicityBiasUpsampler(DataPlan):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._counts_errors:
+        if self._seeks_knee:
             logits = self.look.logits.take()
+            self.look.num_classes = logits.shape[1]
             targets = class_indices(targets_of(batch, self.target_key), len(logits), "the targets").to(logits.device)
-            wrong = (logits.argmax(1) != targets).sum()
-            self._counted += torch.stack([wrong, wrong.new_tensor(len(logits))])
+            losses = losses_of_each(logits.float(), targets, self.criterion)
+            self._summed += torch.stack([losses.sum(), losses.new_tensor(len(losses))])
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.selection is not None:
@@ -244,7 +254,7 @@ class SimplicityBiasUpsampler(DataPlan):
         first = self._beginning.weights if self._beginning is not None and self._stage != "using" else None
         return {
             "stage": self._stage,
-            "errors": list(self._errors),
+            "losses": list(self._losses),
             "selection": None if self.selection is None else self.selection.state_dict(),
             "first_weights": first,
         }
@@ -252,7 +262,7 @@ class SimplicityBiasUpsampler(DataPlan):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self.path is not None:
             return  # the selection given counts
-        self._stage, self._errors = state_dict["stage"], list(state_dict["errors"])
+        self._stage, self._losses = state_dict["stage"], list(state_dict["losses"])
         found = state_dict["selection"]
         self.selection = None if found is None else Selection.from_state_dict(found)
         self._first_weights = state_dict["first_weights"]
@@ -260,7 +270,7 @@ class SimplicityBiasUpsampler(DataPlan):
             self.term.use(self.selection if self._stage == "using" else None)
 
     @property
-    def _counts_errors(self) -> bool:
+    def _seeks_knee(self) -> bool:
         return self.separating_epoch == "knee" and self._stage == "searching"
 
     def _counts_in(self, epoch: int) -> Tensor | None:
@@ -287,11 +297,12 @@ class SimplicityBiasUpsampler(DataPlan):
         return run
 
     def _is_time(self, trainer: Trainer) -> bool:
-        if self.separating_epoch != "knee":
+        if not self._seeks_knee:
             return trainer.current_epoch + 1 >= self._until
-        wrong, seen = trainer.strategy.reduce(self._counted, reduce_op="sum").tolist()
-        self._errors.append(wrong / max(seen, 1.0))
-        return knee_reached(self._errors, trainer.max_epochs or 0)
+        total, number = trainer.strategy.reduce(self._summed, reduce_op="sum").tolist()
+        self._losses.append(total / max(number, 1.0))
+        start = math.log(self.look.num_classes) if self.criterion is None else None
+        return knee_reached(self._losses, trainer.max_epochs or 0, start=start)
 
     def _select(self, trainer: Trainer, module: LightningModule, epochs: int) -> None:
         size = len(one_train_loader(trainer, self.loader).dataset)

@@ -1,3 +1,5 @@
+import math
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lightning_feat.callbacks import DataPlan, GrassmannHead, GrassmannMonitor, SimplicityBiasUpsampler, SummaryTable
 from lightning_feat.data import PlanSampler, Selection
+from lightning_feat.functional.separating_epoch import separating_epoch
 from lightning_feat.functional.simplicity import slow_examples
 
 SIZE, EPOCHS = 22, 5
@@ -270,12 +273,26 @@ def test_class_subspaces_stay_on_their_manifold(tmp_path):
     assert run.callback_metrics["grassmann/distance_from_start_mean/net.fc"] > 0
 
 
-def test_the_knee_of_the_training_error(tmp_path):
-    upsampler = SimplicityBiasUpsampler(separating_epoch="knee")
-    fit(tmp_path, Plain(lr=0.5), upsampler, max_epochs=30)
-    assert 1 <= upsampler.selection.epoch <= 30
-    assert len(upsampler._errors) == upsampler.selection.epoch
-    assert all(0 <= error <= 1 for error in upsampler._errors)
+class Losing(Plain):
+    """Notes its loss."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.losses = {}
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.losses.setdefault(self.current_epoch, []).append((len(batch[1]), float(loss)))
+        return loss
+
+
+def test_the_knee_of_the_training_loss(tmp_path):
+    upsampler = SimplicityBiasUpsampler(separating_epoch="knee", restart=False)
+    module = Losing(lr=0.5)
+    fit(tmp_path, module, upsampler, max_epochs=60)
+    means = [sum(n * loss for n, loss in epoch) / SIZE for epoch in module.losses.values()]
+    assert upsampler.selection.epoch == separating_epoch(means, 60, start=math.log(3))
+    assert 1 < upsampler.selection.epoch < 60
 
 
 class Shaken(Dataset):
