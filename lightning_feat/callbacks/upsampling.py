@@ -53,8 +53,8 @@ class SimplicityBiasUpsampler(DataPlan):
     From the second start on, the run is bit for bit that of the same initial weights with ``DataPlan`` and
     ``seed_everything(seed)`` before it. All processes take the same examples; a run that is cut off, before, during or
     after the choice, resumes where it was, for which a checkpoint of the first part also holds the initial weights. The
-    step that loggers show goes on over both parts. The selection is written to ``selection.pt`` beside the logger's
-    files, and logged as ``simplicity_bias/slow_share``.
+    step that loggers show goes on over both parts. Where there is a logger, the selection is written to ``selection.pt``
+    beside its files, and its size logged as ``simplicity_bias/slow_share``.
 
     Args:
         separating_epoch: when to choose: a share of ``max_epochs``, at least one epoch; a number of epochs; or
@@ -149,7 +149,8 @@ class SimplicityBiasUpsampler(DataPlan):
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        self._folder = str(trainer.log_dir or trainer.default_root_dir)
+        logs = trainer.loggers and not getattr(trainer, "fast_dev_run", False)
+        self._folder = str(trainer.log_dir or trainer.default_root_dir) if logs else ""
         if self.restart and type(trainer.strategy).__name__ in ("ModelParallelStrategy", "FSDPStrategy"):
             raise ValueError(f"{self.state_key}: sharded parameters cannot start again; set restart=False.")
         if self.term is not None:
@@ -317,7 +318,7 @@ class SimplicityBiasUpsampler(DataPlan):
             trainer.should_stop, trainer.fit_loop.min_epochs, trainer.fit_loop.epoch_loop.min_steps = True, 0, None
         else:
             self._use()
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and self._folder:
             path = os.path.join(self._folder, "selection.pt")
             try:
                 get_filesystem(path).makedirs(self._folder, exist_ok=True)

@@ -218,7 +218,7 @@ def test_a_run_cut_off_between_epochs_ends_as_the_whole_one(tmp_path, name):
 def test_a_saved_selection_is_used_from_the_first_epoch(tmp_path):
     module, again = twins(Plain)
     first = SimplicityBiasUpsampler(separating_epoch=2, seed=3)
-    fit(tmp_path, module, first)
+    fit(tmp_path, module, first, logger=pl.loggers.CSVLogger(tmp_path, "", ""))
     second = SimplicityBiasUpsampler(selection=str(tmp_path / "selection.pt"), seed=3)
     fit(tmp_path, again, second)
     assert torch.equal(first.selection.slow, second.selection.slow)
@@ -419,7 +419,10 @@ def test_a_checkpoint_without_the_first_weights_is_refused(tmp_path):
 
 
 def test_a_selection_of_other_data_is_refused(tmp_path):
-    fit(tmp_path, Plain(), SimplicityBiasUpsampler(separating_epoch=1))
+    upsampler = SimplicityBiasUpsampler(separating_epoch=1)
+    fit(tmp_path, Plain(), upsampler)
+    assert not (tmp_path / "selection.pt").exists()  # no logger, no file
+    upsampler.selection.save(str(tmp_path / "selection.pt"))
     other = DataLoader(points(9), batch_size=4)
     with pytest.raises(ValueError, match=r"has 22 counts|is of 22 examples"):
         fit(tmp_path, Plain(), SimplicityBiasUpsampler(selection=str(tmp_path / "selection.pt")), data=other)
