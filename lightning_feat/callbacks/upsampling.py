@@ -53,8 +53,8 @@ class SimplicityBiasUpsampler(DataPlan):
     From the second start on, the run is bit for bit that of the same initial weights with ``DataPlan`` and
     ``seed_everything(seed)`` before it. All processes take the same examples; a run that is cut off, before, during or
     after the choice, resumes where it was, for which a checkpoint of the first part also holds the initial weights. The
-    step that loggers show goes on over both parts. Where there is a logger, the selection is written to ``selection.pt``
-    beside its files, and its size logged as ``simplicity_bias/slow_share``.
+    step that loggers show goes on over both parts. Where there is a logger, the selection is written to
+    ``selection.pt`` beside its files, and its size logged as ``simplicity_bias/slow_share``.
 
     Args:
         separating_epoch: when to choose: a share of ``max_epochs``, at least one epoch; a number of epochs; or
