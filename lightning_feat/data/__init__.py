@@ -6,6 +6,7 @@ from lightning_feat.data.image_folder import ImageFolderDataModule, write_exampl
 from lightning_feat.data.indexed import IndexedDataset
 from lightning_feat.data.plan import PlanSampler
 from lightning_feat.data.selection import Selection
+from lightning_feat.data.two_feature_patches import TwoFeaturePatchesDataModule, two_feature_patches
 
 __all__ = [
     "DigitsDataModule",
@@ -14,5 +15,7 @@ __all__ = [
     "IndexedDataset",
     "PlanSampler",
     "Selection",
+    "TwoFeaturePatchesDataModule",
+    "two_feature_patches",
     "write_example_folder",
 ]

@@ -16,10 +16,10 @@ def separating_epoch(
 
     With :math:`m_t` the lowest value up to epoch t and w the window,
 
-    .. math:: d_t = m_{t-w} - m_t, \qquad t^* = \min \{ t : d_t < \text{share} \cdot \max_{s \le t} d_s \}
+    .. math:: d_t = m_{\max(t-w, 0)} - m_t, \qquad t^* = \min \{ t : d_t < \text{share} \cdot \max_{s \le t} d_s \}
 
-    among the epochs from w on at which the lowest value is at least ``fall`` below the highest. Whether an epoch
-    qualifies depends on what came before it alone.
+    among the epochs at which the lowest value so far is at least ``fall`` below the highest. None of the first w epochs
+    can be the knee, and whether a later one is depends on what came before it alone.
 
     Give it the mean training **loss** where there is one. An error rate knows only the sign of a margin: from small
     weights it falls, and flattens, while all outputs are still as small as at the start and the groups overlap; the
@@ -30,7 +30,7 @@ def separating_epoch(
     of the fastest decrease; a window, since one noisy epoch looks like a knee; the lowest value so far, which noise
     does not raise; the fall that is asked for, so that neither a plateau before learning nor a curve that never falls
     has a knee; the loss in place of the error; and no bounds. Where learning begins late, a bound at 10 % ends before
-    it. The window costs about an epoch.
+    it. The window delays the knee a little. What to do where there is none is for the caller to say.
 
     A curve that falls in the first epoch and no more has a knee only with ``start``: without it, nothing fell.
 
@@ -64,8 +64,7 @@ def separating_epoch(
         lowest.append(min(error, lowest[-1]) if lowest else error)
         decrease = lowest[max(len(lowest) - 1 - window, 0)] - lowest[-1]
         fastest = max(fastest, decrease)
-        fallen = highest - lowest[-1] >= fall * highest
-        if len(lowest) > window and fallen and decrease < share * fastest:
+        if highest - lowest[-1] >= fall * highest and decrease < share * fastest:
             return epoch
     return None
 

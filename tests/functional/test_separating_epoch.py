@@ -88,6 +88,8 @@ def test_what_is_not_finite_is_passed_over():
     broken = [math.nan, *EXPONENTIAL[:10], math.inf, math.nan, *EXPONENTIAL[10:]]
     assert separating_epoch(broken, 200) == separating_epoch(EXPONENTIAL, 200) + 3
     assert separating_epoch([math.nan] * 50, 200) is None
+    flat = noisy([0.9] * 200, 0.01)
+    assert separating_epoch([*flat[:50], math.inf, *flat[50:]], 200) is None  # no fall from infinity
 
 
 def test_a_longer_plan_takes_a_longer_window():
