@@ -27,12 +27,15 @@ BELOW = {  # what of ours each room may import
     "processes": {"functional"},
     "train_loader": set(),
     "restart": {"train_loader"},
+    "clip_hooks": {"heads"},
+    "clip_tower": {"clip_hooks"},
+    "clip_towers": {"clip_hooks", "clip_tower", "taps"},
     "loss_terms": {"own_parameters", "batches", "taps", "wraps"},
     "__main__": set(),
     "__init__": set(),
 }
 JOINTS = {"wraps", "batches", "heads", "head_swap", "own_parameters", "taps", "labelled_taps", "loss_terms"}
-JOINTS |= {"passes", "processes", "restart", "train_loader"}
+JOINTS |= {"passes", "processes", "restart", "train_loader", "clip_hooks", "clip_tower", "clip_towers"}
 BELOW["callbacks"] = {"callbacks", "metrics", "data", *BELOW["optim"], *JOINTS}
 BELOW["mixins"] = {"mixins", "metrics", *BELOW["optim"], *JOINTS}
 FOREIGN = {  # what of others, beside the standard library, a room may import at the top of a file

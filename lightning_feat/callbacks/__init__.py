@@ -13,6 +13,7 @@ from lightning_feat.callbacks.history import MetricHistory
 from lightning_feat.callbacks.linear_probe import LinearProbe
 from lightning_feat.callbacks.mixup_geometry import MixupGeometryMonitor
 from lightning_feat.callbacks.neural_collapse import NeuralCollapseMonitor
+from lightning_feat.callbacks.prompts import PromptLearner
 from lightning_feat.callbacks.regression_collapse import RegressionCollapseMonitor
 from lightning_feat.callbacks.regularizer import FeatureRegularizer, Regularizer
 from lightning_feat.callbacks.simplex import DotRegressionRegularizer, SimplexETFHead
@@ -33,6 +34,7 @@ __all__ = [
     "NeuralCollapseMonitor",
     "NeuralCollapseRegularizer",
     "Panel",
+    "PromptLearner",
     "RegressionCollapseMonitor",
     "Regularizer",
     "SimplexETFHead",
