@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from lightning import LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_feat.baselines.classifier import Classifier
 
@@ -32,6 +32,9 @@ class TimmClassifier(Classifier):
         model_kwargs: more arguments for ``timm.create_model``.
         lr: learning rate of the default optimizer at the start of the run.
         weight_decay: of the default optimizer, on all parameters.
+        cifar_stem: give a ResNet of timm the first layer usual for 32 x 32 pixels, a 3 x 3 convolution of stride 1 and
+            no pooling (He et al., "Deep Residual Learning", CVPR 2016, on CIFAR): the last feature map is then 4 x 4
+            and not 1 x 1. That convolution begins at random also where the rest is pretrained.
 
     Example:
         >>> module = TimmClassifier("test_resnet", num_classes=10, in_chans=1)
@@ -52,6 +55,7 @@ class TimmClassifier(Classifier):
         model_kwargs: dict[str, Any] | None = None,
         lr: float = 0.05,
         weight_decay: float = 5e-4,
+        cifar_stem: bool = False,
     ) -> None:
         super().__init__(num_classes, label_smoothing, lr, weight_decay)
         import timm  # not above: it takes seconds, and those who want the perceptron do without
@@ -70,6 +74,8 @@ class TimmClassifier(Classifier):
         self.network = timm.create_model(
             model_name, pretrained=pretrained, num_classes=num_classes, in_chans=in_chans, **extra
         )
+        if cifar_stem:
+            put_cifar_stem(self.network, model_name)
         self.mixup = Mixup(  # type: ignore[no-untyped-call]
             mixup_alpha, cutmix_alpha, label_smoothing=0.0, num_classes=num_classes
         )
@@ -112,3 +118,20 @@ class TimmClassifier(Classifier):
             return mixed, soft
         last = torch.nn.functional.one_hot(targets[even:], self.num_classes).to(soft)
         return torch.cat([mixed, images[even:]]), torch.cat([soft, last])
+
+
+def put_cifar_stem(network: nn.Module, model_name: str) -> None:
+    """Replace the first convolution, 7 x 7 of stride 2, and the pooling after it, in place.
+
+    Raises:
+        ValueError: if the network does not begin so.
+    """
+    first = getattr(network, "conv1", None)
+    if not isinstance(first, nn.Conv2d) or not isinstance(getattr(network, "maxpool", None), nn.MaxPool2d):
+        raise ValueError(
+            f"cifar_stem replaces a 7 x 7 convolution and the max pooling after it, and {model_name!r} does not begin "
+            "with these: take a plain ResNet, such as resnet18 or resnet34, or leave cifar_stem out."
+        )
+    conv = nn.Conv2d(first.in_channels, first.out_channels, kernel_size=3, stride=1, padding=1, bias=False)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")  # as timm begins the others
+    network.conv1, network.maxpool = conv, nn.Identity()

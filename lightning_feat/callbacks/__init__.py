@@ -7,6 +7,8 @@ from lightning_feat.callbacks.collapse_regularizer import NeuralCollapseRegulari
 from lightning_feat.callbacks.collapse_thresholds import CollapseThreshold
 from lightning_feat.callbacks.curves import CurvePlotter, Panel
 from lightning_feat.callbacks.data_plan import DataPlan
+from lightning_feat.callbacks.feature_shift import FeatureShiftMonitor
+from lightning_feat.callbacks.feature_shift_regularizer import FeatureShiftRegularizer
 from lightning_feat.callbacks.grassmann import GrassmannHead
 from lightning_feat.callbacks.grassmann_monitor import GrassmannMonitor
 from lightning_feat.callbacks.history import MetricHistory
@@ -26,6 +28,8 @@ __all__ = [
     "DataPlan",
     "DotRegressionRegularizer",
     "FeatureRegularizer",
+    "FeatureShiftMonitor",
+    "FeatureShiftRegularizer",
     "GrassmannHead",
     "GrassmannMonitor",
     "LinearProbe",

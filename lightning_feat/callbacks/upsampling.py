@@ -106,6 +106,8 @@ class SimplicityBiasUpsampler(DataPlan):
         target_key: TargetKey = None,
         forward: Forward | None = None,
     ) -> None:
+        if isinstance(separating_epoch, float) and separating_epoch >= 1 and separating_epoch.is_integer():
+            separating_epoch = int(separating_epoch)  # from YAML a whole number may come as 8.0
         if isinstance(separating_epoch, str):
             fits = separating_epoch == "knee"
         else:

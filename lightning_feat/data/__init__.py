@@ -1,21 +1,28 @@
 """Data sets and datamodules. They use nothing else of this library, and any ``LightningModule`` can train on them."""
 
+from lightning_feat.data.captioned_digits import CaptionedDigitsDataModule
+from lightning_feat.data.cifar import CifarDataModule, write_example_cifar
 from lightning_feat.data.digits import DigitsDataModule
 from lightning_feat.data.elpv import ElpvDataModule
 from lightning_feat.data.image_folder import ImageFolderDataModule, write_example_folder
 from lightning_feat.data.indexed import IndexedDataset
 from lightning_feat.data.plan import PlanSampler
 from lightning_feat.data.selection import Selection
+from lightning_feat.data.spurious_digits import SpuriousDigitsDataModule
 from lightning_feat.data.two_feature_patches import TwoFeaturePatchesDataModule, two_feature_patches
 
 __all__ = [
+    "CaptionedDigitsDataModule",
+    "CifarDataModule",
     "DigitsDataModule",
     "ElpvDataModule",
     "ImageFolderDataModule",
     "IndexedDataset",
     "PlanSampler",
     "Selection",
+    "SpuriousDigitsDataModule",
     "TwoFeaturePatchesDataModule",
     "two_feature_patches",
+    "write_example_cifar",
     "write_example_folder",
 ]

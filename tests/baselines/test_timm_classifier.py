@@ -136,6 +136,28 @@ def test_unknown_name_brings_the_nearest():
         TimmClassifier("resnet_18", num_classes=3)
 
 
+def test_cifar_stem_keeps_small_images_large():
+    module = TimmClassifier("resnet18", num_classes=10, cifar_stem=True).eval()
+    images = torch.zeros(1, 3, 32, 32)
+    assert module.network.conv1(images).shape == (1, 64, 32, 32)
+    assert module.network.forward_features(images).shape == (1, 512, 4, 4)
+    assert module(images).shape == (1, 10)
+    # The published count of a ResNet18 with this stem and ten classes.
+    assert sum(p.numel() for p in module.parameters()) == 11_173_962
+
+
+def test_cifar_stem_follows_the_channels_and_is_in_the_hyperparameters():
+    module = TimmClassifier("resnet18", num_classes=3, in_chans=1, cifar_stem=True)
+    assert module.network.conv1.in_channels == 1
+    assert module.hparams.cifar_stem
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "resnet18d", "test_vit"])
+def test_cifar_stem_of_a_network_that_begins_otherwise_is_refused(name):
+    with pytest.raises(ValueError, match=f"{name!r} does not begin with these"):
+        TimmClassifier(name, num_classes=3, cifar_stem=True)
+
+
 def test_negative_alpha_is_refused():
     with pytest.raises(ValueError, match=r"mixup_alpha=-1\.0"):
         TimmClassifier("test_resnet", num_classes=3, mixup_alpha=-1.0)

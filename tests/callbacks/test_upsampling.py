@@ -372,6 +372,10 @@ def test_a_moment_is_enough_to_try_all_of_it(tmp_path):
     assert run.global_step == 1
 
 
+def test_a_number_of_epochs_may_come_as_a_float():
+    assert SimplicityBiasUpsampler(separating_epoch=8.0).separating_epoch == 8
+
+
 def test_a_run_that_ends_before_says_so(tmp_path):
     with pytest.warns(UserWarning, match="ended before the separating epoch"):
         fit(tmp_path, Plain(), SimplicityBiasUpsampler(separating_epoch=3), max_epochs=None, max_steps=7)
@@ -385,7 +389,7 @@ class Stream(IterableDataset):
 @pytest.mark.parametrize(
     ("options", "kwargs", "text"),
     [
-        ({"separating_epoch": 1.0}, {}, "separating_epoch=1.0: give a share"),
+        ({"separating_epoch": 1.5}, {}, "separating_epoch=1.5: give a share"),
         ({"separating_epoch": 0}, {}, "separating_epoch=0: give a share"),
         ({"separating_epoch": "elbow"}, {}, "separating_epoch='elbow'"),
         ({"choose": "fast"}, {}, "choose='fast': choose one of clusters, loss"),
