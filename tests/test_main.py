@@ -54,6 +54,11 @@ def test_every_recipe_runs_for_a_moment(recipe, tmp_path):
     if "ImageFolderDataModule" in text:  # images of one's own, and several devices
         command += ["--data.root", str(write_example_folder(tmp_path / "images")), "--data.batch_size", "4"]
         command += ["--data.num_workers", "0", "--trainer.devices", "1", "--trainer.accelerator", "cpu"]
+    if "BaseToNovelDataModule" in text:  # random weights in place of a download
+        pytest.importorskip("open_clip")
+        root = write_example_folder(tmp_path / "images", num_classes=4, train_images=2, val_images=1)
+        command += ["--data.root", str(root), "--data.batch_size", "2", "--data.num_workers", "0"]
+        command += ["--model.pretrained", "null", "--trainer.accelerator", "cpu", "--trainer.precision", "32-true"]
     if "CifarDataModule" in text:  # files of one's own, and a GPU
         kind = "cifar100" if "cifar100" in recipe else "cifar10"
         command += ["--data.root", str(write_example_cifar(tmp_path / "cifar", kind, 4, 4)), "--data.batch_size", "4"]
@@ -90,3 +95,12 @@ def test_it_is_lightning_cli(monkeypatch):
     monkeypatch.setattr(LightningCLI, "__init__", lambda self, args=None: seen.append(args))
     main(["validate", "--config", "quickstart"])
     assert seen == [["validate", "--config", str(recipe_folder() / "quickstart.yaml")]]
+
+
+def test_the_doctor_gets_the_arguments_of_fit(monkeypatch):
+    seen = []
+    monkeypatch.setattr("lightning_feat.doctor.command.run_doctor", lambda given: seen.append(given) or 1)
+    with pytest.raises(SystemExit) as end:
+        main(["doctor", "--config", "quickstart", "--no-cost"])
+    assert end.value.code == 1
+    assert seen == [["--config", str(recipe_folder() / "quickstart.yaml"), "--no-cost"]]

@@ -1,8 +1,18 @@
 """Plain ``LightningModule``s, for the recipes to train. They know nothing of the rest of this library."""
 
+from lightning_feat.baselines.clip import SmallClip, SmallClipPretraining
+from lightning_feat.baselines.clip_classifier import ClipClassifier
 from lightning_feat.baselines.cubic_cnn import CubicCNN
 from lightning_feat.baselines.mlp_classifier import MLPClassifier
 from lightning_feat.baselines.timm_classifier import TimmClassifier
 from lightning_feat.baselines.unconstrained_features import UnconstrainedFeatures
 
-__all__ = ["CubicCNN", "MLPClassifier", "TimmClassifier", "UnconstrainedFeatures"]
+__all__ = [
+    "ClipClassifier",
+    "CubicCNN",
+    "MLPClassifier",
+    "SmallClip",
+    "SmallClipPretraining",
+    "TimmClassifier",
+    "UnconstrainedFeatures",
+]

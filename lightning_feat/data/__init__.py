@@ -1,5 +1,6 @@
 """Data sets and datamodules. They use nothing else of this library, and any ``LightningModule`` can train on them."""
 
+from lightning_feat.data.base_to_novel import BaseToNovelDataModule
 from lightning_feat.data.captioned_digits import CaptionedDigitsDataModule
 from lightning_feat.data.cifar import CifarDataModule, write_example_cifar
 from lightning_feat.data.digits import DigitsDataModule
@@ -12,6 +13,7 @@ from lightning_feat.data.spurious_digits import SpuriousDigitsDataModule
 from lightning_feat.data.two_feature_patches import TwoFeaturePatchesDataModule, two_feature_patches
 
 __all__ = [
+    "BaseToNovelDataModule",
     "CaptionedDigitsDataModule",
     "CifarDataModule",
     "DigitsDataModule",
