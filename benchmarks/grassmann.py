@@ -24,6 +24,7 @@ import geoopt
 import numpy as np
 import torch
 from torch import Tensor
+from turns import add_efforts
 
 from lightning_feat.functional.grassmann import geodesic_, random_basis
 from lightning_feat.layers import GrassmannLinear
@@ -31,6 +32,7 @@ from lightning_feat.manifolds import Grassmann
 from lightning_feat.optim import follow_subspaces
 
 CASES = [(10, 512, 8), (100, 512, 8), (1000, 2048, 8), (1000, 2048, 32)]  # classes, features, subspace_dim
+MOMENT = [(4, 64, 4)]
 STIEFEL_BYTES = 4 * 2**30  # its D x D matrices: one of them kept, two or three more in flight
 GOLDEN = Path(__file__).parents[1] / "tests" / "data" / "grassmann_rsgd.npz"
 Step = Callable[[], object]
@@ -183,7 +185,7 @@ def share_of_training(device: str, batch_size: int = 16) -> tuple[float, float, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="leave out the largest case and the ResNet-50")
+    add_efforts(parser)
     parser.add_argument("--dtype", choices=["float32", "float64"], default="float32")
     arguments = parser.parse_args()
     dtype = getattr(torch, arguments.dtype)
@@ -195,9 +197,10 @@ def main() -> None:
     print("in brackets as a multiple of fused SGD\n")
     heading: list[str] = []
     for device in devices:
-        for shape in CASES[:-1] if arguments.quick else CASES:
+        for shape in MOMENT if arguments.moment else CASES[:-1] if arguments.quick else CASES:
             steps = methods(shape, device, dtype)
-            taken = timings({name: step for name, step in steps.items() if step is not None}, device)
+            there = {name: step for name, step in steps.items() if step is not None}
+            taken = timings(there, device, rounds=1 if arguments.moment else 25)
             if not heading:
                 heading = ["device", "C x D x k", *steps]
                 print("| " + " | ".join(heading) + " |\n|" + "---|" * len(heading))
@@ -208,6 +211,8 @@ def main() -> None:
             print(f"| {device} | {' x '.join(map(str, shape))} | " + " | ".join(cells) + " |", flush=True)
             del steps
     print("\nskipped: the D x D matrices of all classes would not fit into memory\n")
+    if arguments.moment:
+        return
     print("Exponents of our step (time ~ size^exponent), from four sizes each:\n")
     print(
         "| device | C, 125 to 1000 at 1024 x 8 | D, 512 to 4096 at 250 x 8 | k, 4 to 32 at 100 x 1024 |\n"

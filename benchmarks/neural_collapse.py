@@ -11,7 +11,6 @@ One process, threads as found. Both modes run in a real fit, images of 32 x 32 i
 - memory: of the monitor's sums, without the second moment
 """
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -22,11 +21,14 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
+from turns import effort_asked, pick
 
 from lightning_feat.callbacks import NeuralCollapseMonitor
 from lightning_feat.metrics import NeuralCollapse
 
-CASES = [("resnet18", 10, 1280), ("resnet50", 1000, 4000)]  # network, classes, images
+Case = tuple[str, int, int]  # network, classes, images
+CASES: list[Case] = [("resnet18", 10, 1280), ("resnet50", 1000, 4000)]
+MOMENT: list[Case] = [("test_resnet", 10, 256)]
 HOOKS = ("on_train_batch_start", "on_before_backward", "on_train_batch_end")
 
 
@@ -125,6 +127,34 @@ def _in_order(trainer: Trainer) -> DataLoader[Any]:
     return DataLoader(loader.dataset, loader.batch_size)
 
 
+def loader_of(case: Case) -> DataLoader[Any]:
+    _, num_classes, size = case
+    images = torch.randn(size, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    return DataLoader(TensorDataset(images, torch.arange(size) % num_classes), batch_size=128, shuffle=True)
+
+
+def online(case: Case, epochs: int) -> Timed:
+    """Steps, and the seconds of each that are the online monitor's."""
+    monitor = NeuralCollapseMonitor()
+    timed = Timed(monitor, {})
+    fit(Network(*case[:2]), monitor, timed, loader_of(case), epochs)
+    return timed
+
+
+def exact(case: Case, epochs: int, evaluations: dict[str, Callable[..., object]]) -> Timed:
+    """Seconds of the exact monitor and of other evaluations at the end of each epoch."""
+    monitor = NeuralCollapseMonitor(mode="exact")
+    timed = Timed(monitor, evaluations)
+    fit(Network(*case[:2]), monitor, timed, loader_of(case), epochs)
+    return timed
+
+
+def state_bytes(num_classes: int, num_features: int) -> int:
+    """Of the online monitor without the second moment."""
+    sums = NeuralCollapse(num_classes, num_features, second_moment=False)
+    return sum(getattr(sums, name).nbytes for name in sums._defaults)
+
+
 def fit(module: Network, monitor: NeuralCollapseMonitor, timed: Timed, loader: DataLoader[Any], epochs: int) -> None:
     trainer = Trainer(
         max_epochs=epochs,
@@ -139,39 +169,28 @@ def fit(module: Network, monitor: NeuralCollapseMonitor, timed: Timed, loader: D
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="leave out the case of 1000 classes")
-    arguments = parser.parse_args()
-    online, exact = [], []
-    for name, num_classes, size in CASES[:1] if arguments.quick else CASES:
-        generator = torch.Generator().manual_seed(0)
-        images = torch.randn(size, 3, 32, 32, generator=generator)
-        loader = DataLoader(TensorDataset(images, torch.arange(size) % num_classes), batch_size=128, shuffle=True)
-        module = Network(name, num_classes)
-        case = f"{name}, {num_classes} x {module.network.num_features}"
-
-        monitor = NeuralCollapseMonitor()
-        timed = Timed(monitor, {})
-        fit(module, monitor, timed, loader, epochs=3)
+    effort = effort_asked(__doc__)
+    of_online, of_exact = [], []
+    for case in pick(effort, CASES, CASES[:1], MOMENT):
+        name, num_classes, size = case
+        told = f"{name}, {num_classes} x {Network(name, num_classes).network.num_features}"
+        timed = online(case, epochs=pick(effort, 3, 3, 2))
         step, hooks = statistics.median(timed.steps[1:]), statistics.median(timed.hooks[1:])
-        online.append(f"| {case} | {1e3 * step:.0f} | {1e3 * hooks:.2f} | {hooks / step:.2%} |")
+        of_online.append(f"| {told} | {1e3 * step:.0f} | {1e3 * hooks:.2f} | {hooks / step:.2%} |")
 
-        monitor = NeuralCollapseMonitor(mode="exact")
-        timed = Timed(monitor, {"bare": bare_pass, "definition": by_definition})
-        fit(module, monitor, timed, loader, epochs=5 if num_classes < 100 else 3)
+        evaluations: dict[str, Callable[..., object]] = {"bare": bare_pass, "definition": by_definition}
+        timed = exact(case, pick(effort, 5 if num_classes < 100 else 3, 5, 1), evaluations)
         ours, bare, definition = (statistics.median(timed.taken[way]) for way in ("monitor", "bare", "definition"))
-        exact.append(
-            f"| {case}, {size} images | {bare:.2f} | {ours:.2f} ({ours / bare:.2f}) | "
+        of_exact.append(
+            f"| {told}, {size} images | {bare:.2f} | {ours:.2f} ({ours / bare:.2f}) | "
             f"{definition:.2f} ({definition / bare:.2f}) |"
         )
     print(f"\ntorch {torch.__version__}, {torch.get_num_threads()} threads, float32\n")
     print("| online | training step (ms) | monitor (ms) | share |\n|---|---|---|---|")
-    print("\n".join(online))
+    print("\n".join(of_online))
     print("\n| exact | bare pass (s) | monitor (s) | three passes by definition (s) |\n|---|---|---|---|")
-    print("\n".join(exact))
-    sums = NeuralCollapse(1000, 2048, second_moment=False)
-    size = sum(getattr(sums, name).nbytes for name in sums._defaults)
-    print(f"\nsums of 1000 classes of 2048 features: {size / 2**20:.1f} MiB")
+    print("\n".join(of_exact))
+    print(f"\nsums of 1000 classes of 2048 features: {state_bytes(1000, 2048) / 2**20:.1f} MiB")
 
 
 if __name__ == "__main__":

@@ -44,14 +44,16 @@ class EpochTimer(Callback):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=15)
+    parser.add_argument("--moment", action="store_true", help="one turn: shows only that it runs")
     arguments = parser.parse_args()
+    turns = 1 if arguments.moment else arguments.turns
     runs = {}
     for name, kinds in {"linear": NeuralCollapseMonitor, "subspaces": (GrassmannHead, NeuralCollapseMonitor)}.items():
         cli = LightningCLI(args=["--config", find_recipe("quickstart")], run=False, save_config_callback=None)
         callbacks: list[Callback] = cli.trainer.callbacks  # type: ignore[attr-defined]
         kept = [copy.deepcopy(callback) for callback in callbacks if isinstance(callback, kinds)]
         runs[name] = cli.model, cli.datamodule, kept, EpochTimer()
-    for _ in range(arguments.turns):
+    for _ in range(turns):
         for module, data, kept, timer in runs.values():
             trainer = Trainer(
                 max_epochs=3,
@@ -64,7 +66,7 @@ def main() -> None:
                 enable_model_summary=False,
             )
             trainer.fit(module, data)
-    print(f"\n{2 * arguments.turns} epochs of each\n")
+    print(f"\n{2 * turns} epochs of each\n")
     print("| seconds | linear | subspaces | ratio, pair by pair | half of them |")
     print("|---|---|---|---|---|")
     for part in ("training", "epoch"):

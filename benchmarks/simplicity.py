@@ -22,12 +22,14 @@ from lightning.pytorch import LightningModule, Trainer
 from sklearn.cluster import KMeans
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
+from turns import add_efforts
 
 from lightning_feat.baselines import MLPClassifier, TimmClassifier
 from lightning_feat.callbacks import SimplicityBiasUpsampler
 from lightning_feat.functional.simplicity import two_means
 
 CASES = [(10_000, 10, 10), (50_000, 100, 100), (100_000, 100, 100)]  # examples, classes, outputs
+MOMENT = [(200, 2, 4)]
 
 
 def outputs_of(size: int, num_classes: int, width: int) -> tuple[Tensor, Tensor]:
@@ -65,10 +67,12 @@ class Timed(SimplicityBiasUpsampler):
             self.epoch, self.took = ended - self.began, time.perf_counter() - ended
 
 
-def selection_over_epoch(new_module: Callable[[], LightningModule], images: Tensor, num_classes: int) -> list[float]:
-    """Seconds of an epoch, of the selection, and their ratio."""
+def selection_rounds(
+    new_module: Callable[[], LightningModule], images: Tensor, num_classes: int, count: int = 3
+) -> list[list[float]]:
+    """Seconds of an epoch, of the selection, and their ratio, in each round."""
     rounds = []
-    for _ in range(3):
+    for _ in range(count):
         timed = Timed()
         quiet: dict[str, Any] = dict.fromkeys(
             ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
@@ -77,18 +81,18 @@ def selection_over_epoch(new_module: Callable[[], LightningModule], images: Tens
         trainer = Trainer(max_epochs=2, accelerator="cpu", callbacks=timed, limit_val_batches=0, **quiet)
         trainer.fit(new_module(), DataLoader(data, batch_size=128, shuffle=True))
         rounds.append([timed.epoch, timed.took, timed.took / timed.epoch])
-    return [statistics.median(column) for column in zip(*rounds, strict=True)]
+    return rounds
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="leave out the largest case")
+    add_efforts(parser)
     arguments = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32\n")
     print(
         "| examples x classes x outputs | ours (s) | scikit-learn (s) | inertia, ours over theirs |\n|---|---|---|---|"
     )
-    for case in CASES[:-1] if arguments.quick else CASES:
+    for case in MOMENT if arguments.moment else CASES[:-1] if arguments.quick else CASES:
         outputs, targets = outputs_of(*case)
         ways: dict[str, Callable[[], float]] = {
             "ours": lambda o=outputs, t=targets, c=case[1]: float(two_means(o, t, c).inertia.sum()),  # type: ignore[misc]
@@ -113,16 +117,18 @@ def main() -> None:
         changed = float((1 - torch.maximum(share, 1 - share)).mean())  # which cluster is called 0 is chance
         print(f"\nfrom float16: {changed:.2e} of the examples change sides; {more:.0f} MiB more than before\n")
     print("| network, data | epoch (s) | selection (s) | ratio |\n|---|---|---|---|")
-    pixels = torch.randn(20_000, 64)
+    size = 500 if arguments.moment else 20_000
+    pixels = torch.randn(size, 64)
     cases: dict[str, tuple[Callable[[], LightningModule], Tensor, int]] = {
-        "MLP 128-64, 20,000 x 64": (lambda: MLPClassifier(64, 10), pixels, 10),
-        "MLP 128-64, 20,000 x 64, 100 classes": (lambda: MLPClassifier(64, 100), pixels, 100),
+        f"MLP 128-64, {size:,} x 64": (lambda: MLPClassifier(64, 10), pixels, 10),
+        f"MLP 128-64, {size:,} x 64, 100 classes": (lambda: MLPClassifier(64, 100), pixels, 100),
     }
-    if not arguments.quick:
+    if not (arguments.quick or arguments.moment):
         images = torch.randn(1_000, 3, 32, 32)
         cases["resnet18, 1,000 x 32 px"] = (lambda: TimmClassifier("resnet18", 10), images, 10)
     for name, case_ in cases.items():
-        epoch, took, ratio = selection_over_epoch(*case_)
+        columns = zip(*selection_rounds(*case_, count=1 if arguments.moment else 3), strict=True)
+        epoch, took, ratio = map(statistics.median, columns)
         print(f"| {name} | {epoch:.2f} | {took:.2f} | {ratio:.2f} |")
 
 

@@ -1,5 +1,5 @@
 """The command line: ``lightning-feat fit --config FILE``, which is LightningCLI with recipes that can be found by
-name.
+name, and ``lightning-feat doctor --config FILE``, which tries the same run for a moment and says what is wrong.
 """
 
 import sys
@@ -48,7 +48,9 @@ def with_recipes(arguments: Sequence[str]) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run LightningCLI on ``arguments``, those of the process by default. Its own options are unchanged."""
+    """Run LightningCLI on ``arguments``, those of the process by default. Its own options are unchanged. After
+    ``doctor`` come those of ``fit``.
+    """
     given = sys.argv[1:] if arguments is None else arguments
     try:
         import jsonargparse  # noqa: F401  # what LightningCLI needs, and Lightning alone does not bring
@@ -59,6 +61,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         given = with_recipes(given)
     except ValueError as error:
         sys.exit(f"lightning-feat: {error}")
+    if given and given[0] == "doctor":
+        from lightning_feat.doctor.command import run_doctor
+
+        sys.exit(run_doctor(given[1:]))
     if arguments is not None:
         LightningCLI(args=list(given))
     else:  # LightningCLI warns of arguments given twice

@@ -64,6 +64,8 @@ def class_indices(targets: Tensor, num_samples: int, where: str = "the targets",
             "batch[1].argmax(1)`."
         )
     flat = targets.reshape(-1)
+    if flat.numel() == 0 and num_samples == 0:
+        return flat.long()
     if flat.numel() == 0 or num_samples % flat.numel() or not (views or flat.numel() == num_samples):
         raise ValueError(
             f"{where} have shape {tuple(targets.shape)}, which does not fit {num_samples} samples of features: choose "

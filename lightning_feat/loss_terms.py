@@ -149,7 +149,7 @@ class FeatureLossTerm(LossTerm):
         if features.dtype != torch.float64:
             features = features.float()
         if not self.takes_targets:
-            return self.loss(features)
+            return self.loss(features) if len(features) else features.sum()
         targets = class_indices(
             targets_of(batch, self.target_key),
             len(features),
@@ -157,10 +157,11 @@ class FeatureLossTerm(LossTerm):
             views=self.tap.pooling != "tokens",
         )
         keep = targets != self.ignore_index
-        if bool(keep.all()):
-            return self.loss(features, targets)
-        # Nothing left: still a function of the features, so that DDP finds every parameter in the graph on every rank.
-        return self.loss(features[keep], targets[keep]) if bool(keep.any()) else 0.0 * features.sum()
+        if not bool(keep.any()):
+            # Still a function of the features, so that DDP finds every parameter in the graph on every rank. A sum over
+            # nothing: zero times a NaN that is ignored would be NaN.
+            return features[keep].sum()
+        return self.loss(features, targets) if bool(keep.all()) else self.loss(features[keep], targets[keep])
 
 
 def _takes_two(loss: Callable[..., Tensor]) -> bool:
@@ -278,7 +279,9 @@ class _Engine:
             value = value.detach().float()
             how: dict[str, Any] = {"on_step": False, "on_epoch": True, "sync_dist": True, "batch_size": 1}
             module.log(self.terms[key].log_name("loss"), value, **how)
-            module.log(self.terms[key].log_name("share"), weights[key] * value / whole, **how)
+            weighted = weights[key] * value
+            share = torch.where(weighted == 0, 0.0, weighted / whole)  # also of a loss that is zero: an empty batch
+            module.log(self.terms[key].log_name("share"), share, **how)
 
 
 def add_loss_term(module: LightningModule, term: LossTerm) -> None:

@@ -228,6 +228,8 @@ class _Frozen:
         self.weights: dict[str, Tensor] | None = None  # of the start, while there is no copy
         self.taps: list[_AskedTap] = []
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Frozen":
+        return self
 
     def make(self, module: nn.Module, trunk: str, path: str | None) -> None:
         if self.net is None:

@@ -38,8 +38,10 @@ class CollapseTable:
         writer.writerows(rows)
         files = get_filesystem(self.path)
         files.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
-        with files.open(self.path, "w", newline="") as file:
+        unfinished = f"{self.path}.part"
+        with files.open(unfinished, "w", newline="") as file:
             file.write(content.getvalue())
+        files.mv(unfinished, self.path)  # in one step where the disk is local: a full one does not cost the old rows
 
     def rows(self) -> list[dict[str, str]]:
         """What the file holds; nothing where there is none."""

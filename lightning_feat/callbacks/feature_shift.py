@@ -122,6 +122,8 @@ class FeatureShiftMonitor(Callback):
         checkpoint[self.state_key] = {"history": history, "start": start}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.state.fn != "fit":
+            return
         stored = checkpoint.get(self.state_key, {})
         self.history = {name: [(x, y) for x, y in line] for name, line in stored.get("history", {}).items()}
         if self._frozen is not None:

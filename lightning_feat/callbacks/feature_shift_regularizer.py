@@ -161,7 +161,7 @@ class FeatureShiftRegularizer(Callback):
             checkpoint[self.state_key] = self.reference.state()
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if self.reference is None or isinstance(self.reference, WithoutPrompts):
+        if self.reference is None or isinstance(self.reference, WithoutPrompts) or trainer.state.fn != "fit":
             return
         if not checkpoint.get(self.state_key) and self.start is None:
             warn_of_missing_start(self.state_key)

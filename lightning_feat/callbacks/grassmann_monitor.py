@@ -9,6 +9,7 @@ from torch import Tensor
 from lightning_feat.batches import TargetKey, class_indices, targets_of
 from lightning_feat.callbacks.figures import COLOURS, folder_for_figures, publish_figure
 from lightning_feat.callbacks.grassmann import GrassmannHead
+from lightning_feat.callbacks.nonfinite import NonfiniteWatch
 from lightning_feat.callbacks.twins import callbacks_of, refuse_twin
 from lightning_feat.functional.class_separation import sample_of_each_class
 from lightning_feat.functional.grassmann import orthonormality_error
@@ -34,7 +35,8 @@ class GrassmannMonitor(Callback):
     Of the features that the head reads: ``variability``, the mean angle between two of one class, in degrees, and
     ``r2``, the separation of the classes; ``functional.class_separation`` defines them. ``mode="online"`` sums the
     training batches of a chosen epoch as they pass; the variability is then that of the pairs inside each batch, and
-    the weights move meanwhile. ``mode="exact"`` runs the network over the data at the end of the epoch, in eval mode,
+    the weights move meanwhile; where a run resumes in the middle of an epoch, that epoch shows the batches since then
+    alone, as the sums are in no checkpoint. ``mode="exact"`` runs the network over the data at the end of the epoch, in eval mode,
     each sample once over all processes, and leaves no trace.
 
     Cost: between chosen epochs nothing. In one, ``max_pairs`` pairs of subspaces; online, for each batch of B samples,
@@ -89,9 +91,11 @@ class GrassmannMonitor(Callback):
         self.figure, self.pooling = figure, pooling
         self.target_key, self.ignore_index, self.forward = target_key, ignore_index, forward
         self.start: Tensor | None = None
+        self.nonfinite = NonfiniteWatch(self.state_key, " and are left out of the measures")
         self._of: weakref.ref[LightningModule] | None = None  # whose start it is
         self._tap: FeatureTap | None = None
         self._listens, self._head_reports, self._label, self._folder = False, False, "", ""
+        self._failed = False  # to draw, which is said once
         self._r2: ClassSeparation | None = None
         self._variability: WithinClassVariability | None = None
 
@@ -125,7 +129,8 @@ class GrassmannMonitor(Callback):
             head.num_classes,
             sync_on_compute=self.mode == "online",  # the exact mode gathers samples instead
         ).to(pl_module.device)
-        self._listens = False
+        self._listens = self._failed = False
+        self.nonfinite.reset()
         self._head_reports = any(
             isinstance(other, GrassmannHead) and other.head(pl_module) is head for other in callbacks_of(trainer)
         )
@@ -133,6 +138,7 @@ class GrassmannMonitor(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.start is None:  # not in on_fit_start: with some strategies a checkpoint is loaded after it
             self.start = full_tensor(self._find(pl_module)[1].basis).cpu().clone()
+        self._listens = self.mode == "online" and self._is_due(trainer)  # also in an epoch resumed in its middle
         if self.mode == "exact" and self.data == "train":  # what is wrong with the data is said now
             clean_loader(trainer, trainer.train_dataloader, "training")
 
@@ -188,6 +194,8 @@ class GrassmannMonitor(Callback):
         if self._r2 is not None and self._variability is not None and (self.mode == "exact" or self._listens):
             suffix = "_val" if self.data == "val" else ""
             self._log(pl_module, "r2", self._r2.compute(), suffix)
+            lost, used = self._over_processes(trainer, self._r2)
+            self.nonfinite.check(trainer, self._label, lost, lost + used)
             self._log(pl_module, "variability", self._variability.compute(), suffix)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -250,6 +258,13 @@ class GrassmannMonitor(Callback):
         targets = targets.to(features.device)
         return features, targets, targets != self.ignore_index
 
+    def _over_processes(self, trainer: Trainer, r2: ClassSeparation) -> tuple[float, float]:
+        """Samples that were left out, and those that were used."""
+        numbers = torch.stack([r2.nonfinite, r2.counts.sum()])
+        if trainer.world_size > 1:
+            numbers = trainer.strategy.reduce(numbers, reduce_op="sum")  # type: ignore[assignment]
+        return float(numbers[0]), float(numbers[1])
+
     def _metrics(self) -> list[ClassSeparation | WithinClassVariability]:
         return [metric for metric in (self._r2, self._variability) if metric is not None]
 
@@ -269,7 +284,9 @@ class GrassmannMonitor(Callback):
             name = f"grassmann_angles-{self._label}-epoch={trainer.current_epoch}.png"
             publish_figure(trainer, figure, self._folder, name, f"grassmann/angles/{self._label}")
         except Exception as error:  # a picture is not worth a run
-            rank_zero_warn(f"GrassmannMonitor could not draw the angles: {type(error).__name__}: {error}")
+            if not self._failed:
+                rank_zero_warn(f"GrassmannMonitor could not draw the angles: {type(error).__name__}: {error}")
+            self._failed = True
 
     def _let_go(self) -> None:
         if self._tap is not None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_feat.batches import TargetKey, class_indices, targets_of
+from lightning_feat.callbacks.nonfinite import NonfiniteWatch
 from lightning_feat.callbacks.twins import refuse_twin
 from lightning_feat.functional.linear_probe import PENALTIES, LinearProbeResult, Scaling, hold_out, linear_probe
 from lightning_feat.passes import Forward, clean_batches, clean_loader, is_last_epoch, run_forward, without_trace
@@ -87,6 +88,7 @@ class LinearProbe(Callback):
         self.penalties = tuple(penalties)
         self.target_key, self.ignore_index, self.forward = target_key, ignore_index, forward
         self.result: LinearProbeResult | None = None
+        self.nonfinite = NonfiniteWatch(self.state_key, "; the accuracy is nan")
 
     @property
     def state_key(self) -> str:
@@ -97,6 +99,7 @@ class LinearProbe(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.result = None
+        self.nonfinite.reset()
         self.tap.attach(pl_module)
         if self.data is not None:
             self.loaders = _loaders_of(trainer, self.data)
@@ -132,17 +135,14 @@ class LinearProbe(Callback):
 
     def _probe(self, trainer: Trainer, features: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
         lost = sum(int((~h.isfinite().all(1)).sum()) for h, _ in features.values())
-        if lost:  # the run has diverged, which is no reason to end it
-            rank_zero_warn(
-                f"{self.state_key}: {lost} features in epoch {trainer.current_epoch} were NaN or inf; the accuracy is "
-                "nan."
-            )
+        self.nonfinite.check(trainer, self.tap.label, lost, sum(len(h) for h, _ in features.values()))
+        if lost:
             return torch.tensor(torch.nan)
         train, val, test = (features[name] for name in ("train", "val", "test"))
-        if len(train[1].unique()) < 2 or not len(val[1]) or not len(test[1]):
+        if len(train[1].unique()) < 2 or not len(val[1]) or not len(test[1]) or not train[0].shape[1]:
             rank_zero_warn(
-                f"{self.state_key}: {len(train[1].unique())} classes to fit, {len(val[1])} samples to choose the "
-                f"penalty on, {len(test[1])} to test on: too few; the accuracy is nan."
+                f"{self.state_key}: {len(train[1].unique())} classes and {train[0].shape[1]} features to fit, "
+                f"{len(val[1])} samples to choose the penalty on, {len(test[1])} to test on: too few; the accuracy is nan."
             )
             return torch.tensor(torch.nan)
         self.result = linear_probe(*train, *val, *test, scaling=self.scaling, penalties=self.penalties)

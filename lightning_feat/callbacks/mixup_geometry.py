@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, Subset
 from torchmetrics.classification import MulticlassCalibrationError
 
 from lightning_feat.batches import TargetKey, class_indices, inputs_of, targets_of
+from lightning_feat.callbacks.nonfinite import NonfiniteWatch
 from lightning_feat.callbacks.twins import refuse_twin
 from lightning_feat.functional.class_sums import ClassSums, class_means, class_sums
 from lightning_feat.functional.mixup_geometry import MixSums, draw_pairs, mix_measures, mix_sums
@@ -72,6 +73,7 @@ class MixupGeometryMonitor(Callback):
         self.num_pairs, self.every_n_epochs, self.seed, self.num_bins = num_pairs, every_n_epochs, seed, num_bins
         self.target_key, self.forward = target_key, forward
         self.inputs, self.outputs = FeatureTap(layer, read="input"), FeatureTap(layer)  # of the classifier
+        self.nonfinite = NonfiniteWatch(self.state_key, "; what is made of them is nan")
 
     @property
     def state_key(self) -> str:
@@ -83,6 +85,7 @@ class MixupGeometryMonitor(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         name, head = named_or_found(pl_module, self.layer)
         _rows(name, head)
+        self.nonfinite.reset()
         self.inputs.attach(pl_module)
         self.outputs = FeatureTap(name, read="output")
         self.outputs.attach(pl_module)
@@ -130,13 +133,17 @@ class MixupGeometryMonitor(Callback):
         error = MulticlassCalibrationError(num_classes, self.num_bins, "l1", validate_args=False).to(module.device)
         sums: list[ClassSums] = []
         targets: list[Tensor] = []
+        lost = torch.zeros((), device=module.device)
         for batch in clean_batches(trainer, module, loader):
             features, logits = self._run(trainer, module, _mixable(batch))
             classes = self._classes(batch, len(features)).to(features.device)
             error.update(logits.float().softmax(1), classes)
             sums.append(class_sums(features, classes, num_classes))
             targets.append(classes.cpu())
+            lost += (~features.isfinite().all(1)).sum()
         added = ClassSums(*(_over_processes(trainer, module, torch.stack(e).sum(0)) for e in zip(*sums, strict=True)))
+        lost = _over_processes(trainer, module, lost)
+        self.nonfinite.check(trainer, self.inputs.label, float(lost), float(added.counts.sum()))
         mean_CD = class_means(added)[added.counts > 0]
         return mean_CD.mean(0), torch.cat(targets), error.compute()
 

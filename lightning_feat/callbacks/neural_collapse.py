@@ -10,6 +10,7 @@ from lightning_feat.callbacks.collapse_classifier import classifier_tensors
 from lightning_feat.callbacks.collapse_pass import exact_pass
 from lightning_feat.callbacks.collapse_report import CollapseReport
 from lightning_feat.callbacks.collapse_thresholds import CollapseThreshold, ThresholdWatch
+from lightning_feat.callbacks.nonfinite import NonfiniteWatch
 from lightning_feat.callbacks.twins import refuse_twin
 from lightning_feat.functional.class_sums import GlobalMean
 from lightning_feat.labelled_taps import LabelledTaps
@@ -35,7 +36,8 @@ class NeuralCollapseMonitor(Callback):
     ``mode="online"`` sums the training batches as they pass: no extra forward, but the weights move during the epoch,
     so the values lag those at fixed weights until training settles; they are those of the network in training mode,
     on augmented data. What a ``DistributedSampler`` repeats to even out the processes counts once, also where batches
-    carry indices; what a sampler of your own draws again counts again.
+    carry indices; what a sampler of your own draws again counts again. The sums are in no checkpoint: where a run
+    resumes in the middle of an epoch, that epoch shows the batches since then alone.
 
     ``mode="exact"`` runs the network once over the data at the end of chosen epochs, in eval mode, each sample once
     over all processes, and adds what needs the class means first (``nc4_mismatch``, ``ncc_accuracy``, NC1 by
@@ -126,6 +128,7 @@ class NeuralCollapseMonitor(Callback):
         self.memory_budget_mb = memory_budget_mb
         self.report = CollapseReport(mode, figures, table)
         self.watch = ThresholdWatch(thresholds or [])
+        self.nonfinite = NonfiniteWatch("neural collapse", " and are left out of the measures")
         self._online: dict[str, NeuralCollapse] = {}
         self._warned: set[str] = set()
 
@@ -150,6 +153,7 @@ class NeuralCollapseMonitor(Callback):
         # Not in setup: before configure_model the layers may not be there, or be replaced later.
         self._online, self._warned = {}, set()
         self.watch.reset()
+        self.nonfinite.reset()
         self.taps.attach(pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -238,13 +242,7 @@ class NeuralCollapseMonitor(Callback):
             metric.set_classifier(**classifier)
         values = metric.compute()
         lost = int(values.pop("nonfinite_samples"))
-        if lost:
-            share = lost / (lost + float(metric.counts.sum()) * trainer.world_size)
-            self._warn_once(
-                f"{share:.1%} of the features of layer {label} in epoch {trainer.current_epoch} were NaN or inf and "
-                "are left out of the measures.",
-                key="nonfinite",
-            )
+        self.nonfinite.check(trainer, label, lost, lost + float(metric.counts.sum()) * trainer.world_size)
         method = "neural_collapse" if data == "train" else "neural_collapse_val"
         for name, value in values.items():
             if any(fnmatchcase(name, pattern) for pattern in self.measures):
@@ -255,9 +253,9 @@ class NeuralCollapseMonitor(Callback):
         picture = metric.picture() if self.report.figures and self._is_due(trainer) else None
         self.report.add(trainer, label, data, numbers, picture)
 
-    def _warn_once(self, sentence: str, key: str | None = None) -> None:
-        if (key or sentence) not in self._warned:
-            self._warned.add(key or sentence)
+    def _warn_once(self, sentence: str) -> None:
+        if sentence not in self._warned:
+            self._warned.add(sentence)
             rank_zero_warn(f"neural collapse: {sentence}")
 
     def _is_due(self, trainer: Trainer) -> bool:

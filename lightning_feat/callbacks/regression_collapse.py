@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_feat.batches import TargetKey, targets_of
+from lightning_feat.callbacks.nonfinite import NonfiniteWatch
 from lightning_feat.callbacks.twins import refuse_twin
 from lightning_feat.functional.regression_collapse import nrc1, nrc2, nrc3, nrc3_best_gamma, target_covariance
 from lightning_feat.heads import find_classifier
@@ -51,6 +52,7 @@ class RegressionCollapseMonitor(Callback):
         self.tap = FeatureTap(head, "input")
         self.data, self.every_n_epochs, self.centered = data, every_n_epochs, centered
         self.target_key, self.forward = target_key, forward
+        self.nonfinite = NonfiniteWatch(self.state_key, "; what is made of them is nan")
 
     @property
     def state_key(self) -> str:
@@ -66,6 +68,7 @@ class RegressionCollapseMonitor(Callback):
                 f"{self.state_key}: the last layer turns {head.in_features} features into {head.out_features} outputs, "
                 "but regression collapse is defined for no more outputs than features."
             )
+        self.nonfinite.reset()
         self.tap.attach(pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -77,6 +80,8 @@ class RegressionCollapseMonitor(Callback):
         features, targets = self._read(
             trainer, pl_module, clean_loader(trainer, loader, "validation" if val else "training")
         )
+        lost = int((~features.isfinite().all(1)).sum())
+        self.nonfinite.check(trainer, self.tap.label, lost, len(features))
         weight = full_tensor(self._head(pl_module).weight)
         values = {"nrc1": nrc1(features, targets.shape[1], self.centered), "nrc2": nrc2(features, weight)}
         if targets.shape[1] > 1:

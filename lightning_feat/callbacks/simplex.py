@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_feat.batches import TargetKey, class_indices, targets_of
 from lightning_feat.callbacks.regularizer import Regularizer
 from lightning_feat.callbacks.twins import refuse_averaging_before, refuse_twin
+from lightning_feat.functional.class_sums import check_target_range
 from lightning_feat.functional.collapse_losses import balanced_lengths, dot_regression
 from lightning_feat.head_swap import HeadSwap, named_or_found, take_places
 from lightning_feat.layers.simplex import SimplexETF, SparseETF
@@ -161,8 +162,8 @@ class _DotRegressionTerm(LossTerm):
             targets = class_indices(targets, len(features), f"the targets of {self.key}")
             keep = targets != self.ignore_index
             features, targets = features[keep], targets[keep]
-            if not len(targets):
-                return 0.0 * features.sum()  # still in the graph, where DDP waits for it
+        if not len(targets):
+            return features.sum()  # zero, and still in the graph, where DDP waits for it
         return dot_regression(features, targets, self._prototypes(targets))
 
     def _prototypes(self, targets: Tensor) -> Tensor:
@@ -173,6 +174,8 @@ class _DotRegressionTerm(LossTerm):
             return head.prototypes
         if self.class_counts == "batch":
             soft = targets.ndim == 2
+            if not soft and targets.device.type == "cpu":
+                check_target_range(targets, head.num_classes)
             counts = targets.sum(0) if soft else torch.bincount(targets, minlength=head.num_classes)
         else:
             counts = torch.tensor(self.class_counts, device=targets.device)

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from lightning_feat.batches import TargetKey, class_indices, targets_of
 from lightning_feat.callbacks.pass_progress import pass_progress
 from lightning_feat.data.selection import Selection
+from lightning_feat.functional.class_sums import check_target_range
 from lightning_feat.functional.hard_examples import highest_losses, misclassified, random_examples
 from lightning_feat.functional.simplicity import slow_examples
 from lightning_feat.passes import Forward, clean_batches, run_forward, without_trace
@@ -37,6 +38,8 @@ class Looked(NamedTuple):
 
 def losses_of_each(logits: Tensor, targets: Tensor, criterion: Criterion | None) -> Tensor:
     """Losses ``(n,)``, cross entropy without a ``criterion``. Raises ``ValueError`` where that gives anything else."""
+    if targets.device.type == "cpu":  # free there; elsewhere it would make every batch wait for the device
+        check_target_range(targets, logits.shape[1])
     losses = cross_entropy(logits, targets, reduction="none") if criterion is None else criterion(logits, targets)
     if losses.shape != targets.shape:
         raise ValueError(
@@ -108,6 +111,7 @@ class SlowPass:
         if trainer.is_global_zero:
             rows, indices = Looked(*(column[0] for column in columns if column)), columns[0][1] if columns[0] else index
             try:
+                self._refuse_missing(trainer, len(rows.targets), size)
                 found = self._chosen(rows, module.device, seed)
                 told = self._spread(*found, rows.targets, indices, size, epochs, factor, seed), ""
             except ValueError as error:
@@ -116,6 +120,14 @@ class SlowPass:
         if state is None:
             raise ValueError(wrong)
         return Selection.from_state_dict(state)
+
+    def _refuse_missing(self, trainer: Trainer, looked: int, size: int) -> None:
+        # Rows are told apart by their place: one that is left out would give its name to the next.
+        if looked != size and not getattr(trainer, "fast_dev_run", False):
+            raise ValueError(
+                f"{looked} of {size} training examples came out of the data loader: its collate_fn must leave none "
+                "out, or it cannot be told which are slow."
+            )
 
     def _look(self, trainer: Trainer, module: LightningModule, loader: DataLoader[Any]) -> Looked:
         parts: list[Looked] = []

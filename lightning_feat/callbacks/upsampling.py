@@ -214,6 +214,7 @@ class SimplicityBiasUpsampler(DataPlan):
             if 0 < self._until <= trainer.current_epoch:
                 self._select(trainer, pl_module, trainer.current_epoch)
         super().on_train_start(trainer, pl_module)
+        self._summed = torch.zeros(2, device=pl_module.device)  # an epoch resumed in its middle does not start
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._summed = torch.zeros(2, device=pl_module.device)

@@ -1,6 +1,8 @@
 """Which training examples were chosen, why and when: what a run finds and another can use."""
 
 from dataclasses import asdict, dataclass
+from io import BytesIO
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -51,21 +53,28 @@ class Selection:
 
     def save(self, path: str) -> None:
         """Write it, to be read by ``load``."""
-        with get_filesystem(path).open(path, "wb") as file:
-            torch.save(self.state_dict(), file)
+        content = BytesIO()
+        torch.save(self.state_dict(), content)
+        files, unfinished = get_filesystem(path), f"{path}.part"
+        with files.open(unfinished, "wb") as file:
+            file.write(content.getvalue())
+        files.mv(unfinished, path)  # in one step where the disk is local: what has this name is whole
 
     @classmethod
     def load(cls, path: str) -> "Selection":
         """Read what ``save`` wrote.
 
         Raises:
-            ValueError: if the file is missing or holds something else.
+            ValueError: if the file is missing, torn, or holds something else.
         """
         files = get_filesystem(path)
         if not files.exists(path):
             raise ValueError(f"there is no selection at {path}: a run with the callback writes selection.pt.")
         with files.open(path, "rb") as file:
-            state = torch.load(file, weights_only=True)
+            try:
+                state = torch.load(file, weights_only=True)
+            except (RuntimeError, EOFError, OSError, UnpicklingError) as error:
+                raise ValueError(f"{path} is torn or no file of torch.save: choose anew ({error}).") from error
         if not isinstance(state, dict) or not {"slow", "targets", "cluster", "loss"} <= state.keys():
             raise ValueError(f"{path} holds no selection: a run with the callback writes selection.pt.")
         return cls.from_state_dict(state)

@@ -113,7 +113,7 @@ class NecoSubspace(NamedTuple):
 
 
 def neco_subspace(totals: ClassSums, moment: Tensor, subspace_dim: int) -> NecoSubspace:
-    """Principal directions of the standardised features, from sums alone.
+    """Principal directions of the standardised features, from sums alone; nan without samples or where not finite.
 
     Raises:
         ValueError: if ``subspace_dim`` is not between 1 and D.
@@ -126,6 +126,8 @@ def neco_subspace(totals: ClassSums, moment: Tensor, subspace_dim: int) -> NecoS
     variance_D = covariance_DD.diagonal()
     rounding = 100 * torch.finfo(torch.float64).eps * moment.diagonal() / totals.counts.sum()
     scale_D = torch.where(variance_D > rounding, variance_D, 1.0).sqrt()
+    if not covariance_DD.isfinite().all():  # eigh would raise
+        return NecoSubspace(mean_D, scale_D, covariance_DD.new_full((subspace_dim, width), torch.nan))
     _, vector_DD = torch.linalg.eigh(covariance_DD / torch.outer(scale_D, scale_D))
     return NecoSubspace(mean_D, scale_D, vector_DD.flip(1)[:, :subspace_dim].T)
 

@@ -122,7 +122,9 @@ def ce_nonnegative_frame(counts: Tensor, weight_decay: float, feature_decay: flo
 def ce_nonnegative_collapse_count(
     num_samples: int, num_classes: int, weight_decay: float, feature_decay: float
 ) -> float:
-    """Samples up to which a class collapses to zero in :func:`ce_nonnegative_frame`."""
+    """Samples up to which a class collapses to zero in :func:`ce_nonnegative_frame`; of two classes at least."""
+    if num_classes < 2:
+        raise ValueError(f"num_classes={num_classes} must be at least 2: a single class has no optimum to collapse from")
     return num_samples**2 * weight_decay * feature_decay * num_classes / (num_classes - 1)
 
 
@@ -236,13 +238,18 @@ def free_features(weight: Tensor, targets: Tensor, feature_decay: float, max_ste
         max_steps: of Newton's method, which takes about ten.
 
     Raises:
-        ValueError: if ``feature_decay`` is not above zero or the shapes do not fit.
+        ValueError: if ``feature_decay`` is not above zero, the shapes do not fit, or a value is not finite.
     """
     if feature_decay <= 0:
         raise ValueError(f"feature_decay={feature_decay} must be above zero: without it mixed classes have no optimum")
-    if targets.ndim != 2 or targets.shape[1] != len(weight):
-        raise ValueError(f"targets must be (N, {len(weight)}) soft targets, got {tuple(targets.shape)}")
+    if weight.ndim != 2 or targets.ndim != 2 or targets.shape[1] != len(weight):
+        raise ValueError(
+            f"weight must be (C, D) and targets (N, C) soft targets, got {tuple(weight.shape)} and "
+            f"{tuple(targets.shape)}"
+        )
     w_CD, y_NC = to_float64(weight), to_float64(targets)
+    if not (w_CD.isfinite().all() and y_NC.isfinite().all()):
+        raise ValueError("weight or targets hold NaN or inf: there is no optimum to find")
     h_ND = w_CD.new_zeros(len(y_NC), w_CD.shape[1])
     ridge_DD = feature_decay * torch.eye(w_CD.shape[1], dtype=w_CD.dtype, device=w_CD.device)
 
@@ -252,7 +259,7 @@ def free_features(weight: Tensor, targets: Tensor, feature_decay: float, max_ste
     for _ in range(max_steps):
         share_NC = (h_ND @ w_CD.T).softmax(1)
         slope_ND = (share_NC - y_NC) @ w_CD + feature_decay * h_ND
-        if slope_ND.abs().max() < 1e-13 * max(1.0, math.sqrt(float(w_CD.square().sum()))):
+        if slope_ND.numel() == 0 or slope_ND.abs().max() < 1e-13 * max(1.0, math.sqrt(float(w_CD.square().sum()))):
             break
         centered_NCD = w_CD - (share_NC @ w_CD)[:, None]
         curvature_NDD = torch.einsum("nc,ncd,nce->nde", share_NC, centered_NCD, centered_NCD) + ridge_DD

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from lightning_feat.functional.class_sums import check_target_range
 from lightning_feat.functional.simplex import directions, prototype_cosines
 
 PushVariant: TypeAlias = Literal["per_class", "global", "frobenius"]
@@ -49,7 +50,8 @@ def dot_regression(features: Tensor, targets: Tensor, prototypes: Tensor) -> Ten
         return (targets.to(error_NC.dtype) * error_NC.square()).sum(1).mean() / 2
     _check_pairs(features, targets, prototypes)
     unit_ND = directions(features, prototypes.dtype)
-    error_N = (unit_ND * prototypes[targets]).sum(1) - length_C[targets]
+    index_N = targets.long()  # by index_select: plain indexing takes -1 for the last class
+    error_N = (unit_ND * prototypes.index_select(0, index_N)).sum(1) - length_C.index_select(0, index_N)
     return error_N.square().mean() / 2
 
 
@@ -83,9 +85,10 @@ def within_class_pull(features: Tensor, targets: Tensor, means: Tensor) -> Tenso
         means: ``(C, D)``, commonly parameters.
     """
     _check_pairs(features, targets, means)
-    distance_N = (features - means[targets]).square().sum(1)
-    count_C = one_hot(targets.long(), len(means)).sum(0)
-    return (distance_N / count_C[targets]).sum() / len(means)
+    index_N = targets.long()
+    distance_N = (features - means.index_select(0, index_N)).square().sum(1)
+    count_C = one_hot(index_N, len(means)).sum(0)
+    return (distance_N / count_C[index_N]).sum() / len(means)
 
 
 def between_class_push(means: Tensor, variant: PushVariant = "per_class") -> Tensor:
@@ -135,3 +138,5 @@ def _check_pairs(features: Tensor, targets: Tensor, vectors: Tensor) -> None:
         )
     if targets.is_floating_point():
         raise ValueError(f"class indices must be integers, got {targets.dtype}: rounding would hide soft labels.")
+    if targets.device.type == "cpu":  # free there; elsewhere it would make every batch wait for the device
+        check_target_range(targets, len(vectors))

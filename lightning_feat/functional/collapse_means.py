@@ -101,10 +101,14 @@ def nc2_log_distance_mean(vectors: Tensor) -> Tensor:
 
 def _squared_chordal_distances(basis: Tensor) -> Tensor:
     basis_CkD = to_float64(basis)
+    if basis_CkD.ndim != 3:
+        raise ValueError(f"a basis must be (C, k, D), got {tuple(basis.shape)}: store a basis as rows.")
+    if basis_CkD.numel() == 0:  # no pair of subspaces with a distance
+        return basis_CkD.new_zeros(0)
     _, k, width = basis_CkD.shape
     rows_ND = basis_CkD.reshape(-1, width)
     blocks = [  # a block of classes at a time: all at once would hold (C k)^2 products
-        (part.reshape(-1, width) @ rows_ND.T).square().reshape(len(part), k, -1, k).sum((1, 3))
+        (part.reshape(-1, width) @ rows_ND.T).square().reshape(len(part), k, len(basis_CkD), k).sum((1, 3))
         for part in torch.split(basis_CkD, 64)
     ]
     overlap_CC = torch.cat(blocks)
@@ -134,9 +138,10 @@ def nc2_subspace_spread(basis: Tensor) -> Tensor:
     Args:
         basis: ``(C, k, D)``, orthonormal rows.
     """
+    distance_P = _squared_chordal_distances(basis)
     num_classes, k, width = basis.shape
-    simplex = k * (width - k) / width * num_classes / max(num_classes - 1, 1)
-    return _squared_chordal_distances(basis).mean() / min(k, simplex) if simplex else basis.new_full((), torch.nan)
+    simplex = k * (width - k) / max(width, 1) * num_classes / max(num_classes - 1, 1)
+    return distance_P.mean() / min(k, simplex) if simplex else distance_P.new_full((), torch.nan)
 
 
 def nc3_subspace_angle(basis: Tensor, means: Tensor) -> Tensor:

@@ -6,13 +6,15 @@ token by token: positions of a map and tokens of a sequence are both called toke
 Shapes: N samples, T tokens, D features, R tokens of all samples that count, J layers (or pairs of blocks).
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.linalg import vector_norm
 from torch.nn.functional import normalize
+
+from lightning_feat.functional.lengths import length, tamed
 
 
 class ShiftSums(NamedTuple):
@@ -58,7 +60,7 @@ def relative_shift(
         tensor(0.2000)
     """
     z_RD, reference_RD, weight_R = _tokens(features, reference, mask, reference_mask)
-    return _sum(vector_norm(z_RD - reference_RD, dim=-1), weight_R) / _sum(vector_norm(reference_RD, dim=-1), weight_R)
+    return _sum(length(z_RD - reference_RD), weight_R) / _sum(length(reference_RD), weight_R)
 
 
 def relative_shift_by_sample(features: Tensor, reference: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -76,10 +78,11 @@ def relative_shift_by_sample(features: Tensor, reference: Tensor, mask: Tensor |
         tensor([0.5000, 0.5000])
     """
     z, reference_, weight = _tokens(features, reference, mask, None)
-    distance, length = vector_norm(z - reference_, dim=-1), vector_norm(reference_, dim=-1)
+    distance, start = length(z - reference_), length(reference_)
     if weight is not None:
-        distance, length = (torch.where(weight, value, 0.0) for value in (distance, length))
-    return distance.reshape(len(z), -1).sum(1) / length.reshape(len(z), -1).sum(1)
+        distance, start = (torch.where(weight, value, 0.0) for value in (distance, start))
+    tokens = math.prod(distance.shape[1:])  # not -1, which no samples leave open
+    return distance.reshape(len(z), tokens).sum(1) / start.reshape(len(z), tokens).sum(1)
 
 
 def shift_sums(
@@ -93,8 +96,8 @@ def shift_sums(
     z_RD, reference_RD, weight_R = _tokens(features.detach(), reference.detach(), mask, reference_mask)
     columns = (
         torch.ones(z_RD.shape[:-1], device=z_RD.device),
-        vector_norm(z_RD - reference_RD, dim=-1),
-        vector_norm(reference_RD, dim=-1),
+        length(z_RD - reference_RD),
+        length(reference_RD),
         _one_minus_cosine(z_RD, reference_RD),
     )
     # MPS has no float64.
@@ -238,7 +241,7 @@ def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
 
 
 def _one_minus_cosine(features: Tensor, reference: Tensor) -> Tensor:
-    return (normalize(features, dim=-1) - normalize(reference, dim=-1)).square().sum(-1) / 2
+    return (normalize(tamed(features)[0], dim=-1) - normalize(tamed(reference)[0], dim=-1)).square().sum(-1) / 2
 
 
 def _sum(values: Tensor, counts: Tensor | None) -> Tensor:

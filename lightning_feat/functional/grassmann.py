@@ -10,6 +10,7 @@ from torch.nn.functional import linear
 from torch.nn.functional import normalize as unit_length
 
 from lightning_feat.functional.grassmann_geodesic import full_precision, geodesic_
+from lightning_feat.functional.lengths import tamed
 
 __all__ = [
     "chordal_distance",
@@ -61,8 +62,8 @@ def subspace_logits(features: Tensor, basis: Tensor, scale: float | Tensor = 25.
     exact = torch.promote_types(basis.dtype, torch.float32)
     x_ND = features.to(exact)
     if normalize:
-        x_ND = unit_length(x_ND)
-    parts_NCk = linear(x_ND.to(basis.dtype), basis.flatten(0, 1)).view(-1, *basis.shape[:2])
+        x_ND = unit_length(tamed(x_ND)[0])
+    parts_NCk = linear(x_ND.to(basis.dtype), basis.flatten(0, 1)).view(len(features), *basis.shape[:2])
     logits_NC: Tensor = torch.linalg.vector_norm(parts_NCk.to(exact), dim=2)
     return logits_NC * scale
 
@@ -80,7 +81,7 @@ def principal_angles(a: Tensor, b: Tensor) -> Tensor:
         b: ``(..., l, D)``, orthonormal rows; leading dimensions broadcast.
 
     Returns:
-        ``(..., min(k, l))``. Differentiable where the angles are distinct and not zero; else some subgradient.
+        ``(..., min(k, l))``, in float32 at least. Differentiable where the angles are distinct and not zero; else some subgradient.
 
     Example:
         >>> principal_angles(torch.eye(3)[:1], torch.tensor([[0.6, 0.8, 0.0]])).cos()
@@ -94,7 +95,8 @@ def principal_angles(a: Tensor, b: Tensor) -> Tensor:
 
 
 def svdvals_or_nan(matrices: Tensor) -> Tensor:
-    """Singular values ``(..., k)``, nan where a matrix is not finite: ``svdvals`` itself would raise for all."""
+    """Singular values ``(..., k)`` in float32 at least, nan where a matrix is not finite: ``svdvals`` would raise."""
+    matrices = matrices.to(torch.promote_types(matrices.dtype, torch.float32))
     finite = matrices.isfinite().all(-1).all(-1)[..., None]
     values = torch.linalg.svdvals(torch.where(finite[..., None], matrices, 0.0))
     return torch.where(finite, values, torch.nan)
@@ -129,6 +131,8 @@ def orthonormality_error(basis: Tensor) -> Tensor:
     rows = basis.to(torch.promote_types(basis.dtype, torch.float32))
     with full_precision(basis.device):
         gram = rows @ rows.mT
+    if gram.numel() == 0:
+        return gram.new_zeros(gram.shape[:-2])
     return (gram - torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)).abs().amax((-2, -1))
 
 
@@ -225,4 +229,5 @@ def _smaller_first(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
             f"subspaces to compare need bases (..., k, D) and (..., l, D) of one width D, got {tuple(a.shape)} and "
             f"{tuple(b.shape)}: store a basis as rows."
         )
-    return (a, b) if a.shape[-2] <= b.shape[-2] else (b, a)
+    exact = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    return (a.to(exact), b.to(exact)) if a.shape[-2] <= b.shape[-2] else (b.to(exact), a.to(exact))

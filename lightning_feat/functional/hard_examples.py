@@ -26,6 +26,7 @@ def highest_losses(losses: Tensor, targets: Tensor, per_class: Tensor) -> Tensor
         raise ValueError(
             f"losses {tuple(losses.shape)} must give one number for each of the {len(targets)} examples, none NaN."
         )
+    targets = targets.long()  # as an index, uint8 is a mask
     count_C = targets.bincount(minlength=len(per_class))
     if len(count_C) != len(per_class):
         raise ValueError(f"per_class has {len(per_class)} numbers, but there is a target {len(count_C) - 1}.")

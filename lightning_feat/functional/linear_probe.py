@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy, one_hot
 from torch.nn.functional import normalize as unit_length
 
 from lightning_feat.functional.class_separation import sample_of_each_class
-from lightning_feat.functional.class_sums import to_float64
+from lightning_feat.functional.class_sums import check_target_range, to_float64
 
 Scaling: TypeAlias = Literal["standardize", "unit", "none"]
 
@@ -127,7 +127,15 @@ def fit_logistic_regression(features: Tensor, targets: Tensor, num_classes: int,
         targets: ``(N,)`` class indices in ``[0, num_classes)``.
         num_classes: number of classes C.
         penalty: :math:`\lambda`, positive.
+
+    Raises:
+        ValueError: if shapes do not fit, there are no samples, features are not finite, a class index is out of range,
+            or the penalty is not positive.
     """
+    _check_part("given", features, targets, features.shape[-1])
+    check_target_range(targets, num_classes)
+    if not 0 < penalty < math.inf:
+        raise ValueError(f"penalty={penalty} must be positive: without one the fit may run away.")
     return _path(to_float64(features), targets, num_classes, [penalty])[0]
 
 
@@ -238,7 +246,8 @@ def _minimise(
         return cross_entropy(logits_NC, member_NC) + 0.5 * penalty * weight_RC.square().sum()
 
     optimizer.step(loss)
-    steepest = max(float(part.grad.abs().max()) for part in (scaled_RC, bias_C) if part.grad is not None)
+    # Features that do not vary leave no direction, and a weight of no rows.
+    steepest = max(float(part.grad.abs().max()) for part in (scaled_RC, bias_C) if part.grad is not None and len(part))
     if not steepest < 10 * _TOLERANCE:
         warnings.warn(
             f"the logistic regression with penalty {penalty:g} ended with a gradient of {steepest:.1e}, not at its "

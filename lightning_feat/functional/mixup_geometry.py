@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightning_feat.functional.class_sums import to_float64
 
+_TINY = torch.finfo(torch.float64).tiny  # only zero is left without a direction
 _ITERATIONS = 200  # of Newton's method; about ten are taken
 
 
@@ -162,11 +163,12 @@ def mix_sums(
         raise ValueError("shares must lie between 0 and 1, and be neither: such samples are not mixed.")
     h_ND, z_NC, w_CD = (to_float64(entry.detach()) for entry in (features, logits, weight))
     w_CD = w_CD - w_CD.mean(0)  # softmax does not see what all rows share
+    first, second = first.long(), second.long()  # as an index, uint8 is a mask
     same = first == second
     one, two = torch.where(same)[0], torch.where(~same)[0]
     own_n = z_NC[one].gather(1, first[one, None])[:, 0]
     margin_n = own_n - (z_NC[one].sum(1) - own_n) / (len(w_CD) - 1)
-    cosine_n = torch.nn.functional.cosine_similarity(h_ND[one], w_CD[first[one]], dim=1)
+    cosine_n = torch.nn.functional.cosine_similarity(h_ND[one], w_CD[first[one]], dim=1, eps=_TINY)
     x_n = to_float64(shares)[two].logit()
     y_n = (z_NC[two].gather(1, first[two, None]) - z_NC[two].gather(1, second[two, None]))[:, 0]
     return MixSums(
@@ -218,7 +220,7 @@ def plane_residual(features: Tensor, first: Tensor, second: Tensor) -> Tensor:
         second: ``(N, D)`` not parallel to it.
     """
     h_ND, u_ND, v_ND = (to_float64(entry) for entry in (features, first, second))
-    u_ND = torch.nn.functional.normalize(u_ND)
+    u_ND, v_ND = (torch.nn.functional.normalize(entry, eps=_TINY) for entry in (u_ND, v_ND))
     v_ND = torch.nn.functional.normalize(v_ND - (v_ND * u_ND).sum(1, keepdim=True) * u_ND)
     inside_N = (h_ND * u_ND).sum(1).square() + (h_ND * v_ND).sum(1).square()
     return (1 - inside_N / h_ND.square().sum(1)).clamp(min=0)  # rounding can dip below zero

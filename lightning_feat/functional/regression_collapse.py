@@ -61,7 +61,7 @@ def nrc1(features: Tensor, num_targets: int, centered: bool = True) -> Tensor:
 def nrc2(features: Tensor, weight: Tensor) -> Tensor:
     """Share of the normalised features ``(N, D)`` outside the row space of the head ``(n, D)``, in [0, 1]."""
     w_nD = to_float64(weight)
-    if not w_nD.isfinite().all():
+    if not w_nD.isfinite().all() or w_nD.numel() == 0:
         return w_nD.new_full((), torch.nan)
     _, value_r, direction_rD = torch.linalg.svd(w_nD, full_matrices=False)
     rounding = torch.finfo(torch.float64).eps * max(w_nD.shape) * value_r.max()
@@ -69,7 +69,10 @@ def nrc2(features: Tensor, weight: Tensor) -> Tensor:
 
 
 def _root(covariance: Tensor) -> Tensor:
-    value_n, vector_nn = torch.linalg.eigh(to_float64(covariance))
+    covariance = to_float64(covariance)
+    if not covariance.isfinite().all():  # eigh would raise
+        return torch.full_like(covariance, torch.nan)
+    value_n, vector_nn = torch.linalg.eigh(covariance)
     root: Tensor = (vector_nn * value_n.clamp(min=0).sqrt()) @ vector_nn.T
     return root
 
@@ -105,6 +108,8 @@ def nrc3_best_gamma(weight: Tensor, covariance: Tensor) -> Tensor:
     inner, trace, size = (gram_nn * root_nn).sum(), gram_nn.trace(), len(gram_nn)
     square, root_trace = root_nn.square().sum(), root_nn.trace()
     stationary = (trace * square - inner * root_trace) / (trace * root_trace - size * inner)
+    if not root_nn.isfinite().all():
+        return w_nD.new_full((), torch.nan)
     highest = torch.linalg.eigvalsh(root_nn)[0].clamp(min=0)
     ends = torch.stack([torch.zeros_like(highest), highest, stationary.nan_to_num(0.0).clamp(min=0).minimum(highest)])
     errors = torch.stack([nrc3(weight, covariance, end.square()) for end in ends])
@@ -127,11 +132,14 @@ def regression_optimum(targets: Tensor, weight_decay: float, feature_decay: floa
     and the residuals are white; directions in which the targets vary by no more than c are given up. Needs ``D >= n``.
 
     Raises:
-        ValueError: if a decay is not above zero: without it nothing collapses.
+        ValueError: if a decay is not above zero: without it nothing collapses; or if the targets are empty or not
+            finite.
     """
     if min(weight_decay, feature_decay) <= 0:
         raise ValueError(f"weight_decay={weight_decay} and feature_decay={feature_decay} must both be above zero")
     y_Nn = to_float64(targets)
+    if len(y_Nn) == 0 or not y_Nn.isfinite().all():
+        raise ValueError(f"targets {tuple(targets.shape)} must hold samples, and neither NaN nor inf")
     value_n, vector_nn = torch.linalg.eigh(target_covariance(y_Nn))
     spread_n = value_n.clamp(min=0).sqrt()
     kept_n = (spread_n - (weight_decay * feature_decay) ** 0.5).clamp(min=0)
@@ -142,8 +150,13 @@ def regression_optimum(targets: Tensor, weight_decay: float, feature_decay: floa
 
 
 def explained_variance_ratio(features: Tensor, num_components: int = 5) -> Tensor:
-    """Share of the variance in each of the first principal components, largest first, ``(num_components,)``."""
+    """Share of the variance in each of the first principal components, largest first, ``(num_components,)``.
+
+    Fewer where N or D is less; nan where there is no variance, or features are not finite.
+    """
     h_ND = to_float64(features)
+    if not h_ND.isfinite().all() or len(h_ND) == 0:  # svdvals would raise
+        return h_ND.new_full((min(num_components, *h_ND.shape),), torch.nan)
     value: Tensor = torch.linalg.svdvals(h_ND - h_ND.mean(0)).square()
     return value[:num_components] / value.sum()
 

@@ -9,6 +9,8 @@ Shapes: N samples, D features, C classes, R = C - 1.
 import torch
 from torch import Tensor
 
+from lightning_feat.functional.lengths import tamed
+
 _ZERO_LENGTH = 1e-8  # features shorter than this have no direction; the bound is that of Yang et al., NeurIPS 2022
 _SPARSE_TOLERANCE = 1e-7  # of the cosines: near what float32 prototypes keep
 _SPARSE_ROUNDS = 5000
@@ -100,9 +102,10 @@ def directions(features: Tensor, at_least: torch.dtype = torch.float32) -> Tenso
     """Features ``(..., D)`` divided by their lengths, in float32 at least; those shorter than 1e-8 become zero."""
     dtype = torch.promote_types(torch.promote_types(features.dtype, torch.float32), at_least)
     exact = features.to(dtype)
+    exact, size = tamed(exact)
     length = torch.linalg.vector_norm(exact, dim=-1, keepdim=True)
     # Clamped alone, a feature of zero would get the gradient of its cosines times 1e8.
-    return torch.where(length > _ZERO_LENGTH, exact / length.clamp(min=_ZERO_LENGTH), 0.0)
+    return torch.where(length * size > _ZERO_LENGTH, exact / length.clamp(min=_ZERO_LENGTH), 0.0)
 
 
 def _check_sizes(num_classes: int, num_features: int) -> None:

@@ -88,9 +88,12 @@ def two_means(
         # Centred, as differences of large numbers cancel.
         x_BMF -= x_BMF.sum(1, keepdim=True) / here_BM.sum(1)[:, None, None]
         x_BMF *= here_BM[:, :, None]
+        # By a power of two, which rounds nothing: in float32 the squares of 1e20 overflow, those of 1e-25 vanish.
+        size_B = torch.exp2(x_BMF.abs().amax((1, 2)).double().log2().floor().nan_to_num(neginf=0.0))
+        x_BMF = (x_BMF / size_B[:, None, None]).to(exact)
         side_BM, inertia_B = _cut(x_BMF, here_BM, draws_CR2[classes_B.cpu()].to(device), max_iterations)
         cluster_N[place_BM[there_BM]] = side_BM.to(outputs.device)[there_BM].to(cluster_N.dtype)
-        inertia_C[classes_B] = inertia_B.to(outputs.device)
+        inertia_C[classes_B] = (inertia_B * size_B.square()).to(outputs.device)
     return TwoMeans(cluster_N, inertia_C)
 
 
@@ -134,6 +137,7 @@ def slow_examples(
             f"losses {tuple(losses.shape)} must give one number for each of the {len(targets)} examples, none NaN: "
             "take the loss with reduction='none'."
         )
+    targets = targets.long()  # of uint8 the double would overflow, and as an index it is a mask
     cluster_N = two_means(outputs, targets, num_classes, restarts, seed=seed, device=device).cluster
     group_N = 2 * targets + cluster_N
     count = group_N.bincount(minlength=2 * num_classes)
@@ -159,7 +163,8 @@ def useful_indices(
     """
     if factor < 1:
         raise ValueError(f"factor={factor} must be at least 1; the paper takes 2.")
-    num_classes = int(targets.max()) + 1 if num_classes is None else num_classes
+    if num_classes is None:
+        num_classes = int(targets.max()) + 1 if len(targets) else 0
     slow_N = slow_examples(outputs, losses, targets, num_classes, seed=seed).slow
     return torch.arange(len(targets), device=targets.device).repeat_interleave(1 + (factor - 1) * slow_N.long())
 

@@ -8,7 +8,7 @@ at weights a decade apart. The old head is kept aside and put back for the test 
 weights, few images and the order of batches; methods of one seed share all that and the pre-trained network, so that
 differences are paired. The split into training, validation and test images never changes.
 
-Prints the tables of README.md; writes runs.csv, table.md and finetune.png to --out.
+Prints the tables of README.md; writes runs.csv, shifts.csv, table.md and finetune.png to --out.
 
 Shapes: N images.
 """
@@ -242,13 +242,17 @@ def draw_figure(runs: list[Run], path: Path, shown: tuple[tuple[str, float], tup
             continue
         x, y = ([point[i][0] for point in points] for i in (0, 1))
         x_half, y_half = ([point[i][1] for point in points] for i in (0, 1))
-        style: dict[str, Any] = {"color": COLOURS[place], "capsize": 2, "elinewidth": 0.7, "linewidth": 1.2}
-        trade.errorbar(x, y, yerr=y_half, xerr=x_half, fmt="o-", markersize=4, label=METHODS[name].title, **style)
+        style: dict[str, Any] = {"color": COLOURS[place], "elinewidth": 0.6, "linewidth": 1.2, "markersize": 4}
+        # The seeds share what is hard in their draw: the intervals are wide, those of differences in the table are not.
+        trade.errorbar(x, y, yerr=y_half, xerr=x_half, fmt="o-", label=METHODS[name].title, **style)
         for weight, across, up in zip(METHODS[name].weights, x, y, strict=False):
             if METHODS[name].form is not None:
-                trade.annotate(f"{weight:g}", (across, up), (3, 3), textcoords="offset points", fontsize=6)
+                where = (3, 3) if place % 2 else (-4, -9)
+                kind = {"textcoords": "offset points", "fontsize": 6, "color": COLOURS[place]}
+                trade.annotate(f"{weight:g}", (across, up), where, ha="left" if place % 2 else "right", **kind)
     trade.set_xlabel("old digits, head kept (%)", fontsize=9)
     trade.set_ylabel("new digits (%)", fontsize=9)
+    trade.set_xlim(right=100.5)
     trade.spines[["top", "right"]].set_visible(False)
     trade.tick_params(labelsize=8)
     trade.legend(frameon=False, fontsize=7, loc="best")
@@ -317,7 +321,13 @@ def main() -> None:
         writer = csv.writer(file)
         writer.writerow(["method", "weight", "seed", *MEASURES])
         writer.writerows([run.method, run.weight, run.seed, *(run.values[key] for key in MEASURES)] for run in runs)
-    draw_figure(runs, arguments.out / "finetune.png", (("plain", 0.0), ("relative", 1.0)))
+    with (arguments.out / "shifts.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["method", "weight", "seed", "layer", "epochs", "relative shift"])
+        for run in runs:
+            for layer, line in run.history.items():
+                writer.writerows([run.method, run.weight, run.seed, layer, *point] for point in line)
+    draw_figure(runs, arguments.out / "finetune.png", (("plain", 0.0), ("relative", 0.1)))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python recipes/feature_shift/pretrain.py [--seed 0] [--fast]
 
-Writes a checkpoint with the weights and the vocabulary to --out (2 MB), and prints the accuracy of zero-shot
+Writes a checkpoint with the weights and the vocabulary to --out (1.3 MB), and prints the accuracy of zero-shot
 classification on base and novel classes, which pre-training has not seen as such: as the few-shot task shows them, and
 without its change of look. The seed decides the first weights, the order of the pairs, the pairs themselves, and which
 compositions are classes: tune with the same seed of the data.
@@ -39,7 +39,7 @@ def trainer(epochs: int = 1) -> Trainer:
 def pretrain(data: CaptionedDigitsDataModule, seed: int, epochs: int) -> Trainer:
     """The fitted trainer, whose module is a ``SmallClipPretraining``."""
     seed_everything(seed, verbose=False)
-    module = SmallClipPretraining(data.words, lr=2e-3)
+    module = SmallClipPretraining(data.words, layers=3, lr=2e-3)
     run = trainer(epochs)
     run.fit(module, data)
     return run
@@ -56,8 +56,8 @@ def zero_shot(checkpoint: Path, seed: int, shift: float, template: str | list[st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--pairs", type=int, default=20_000)
-    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--pairs", type=int, default=16_000)
+    parser.add_argument("--epochs", type=int, default=7)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--caption-noise", type=float, default=0.0, help="share of captions with a wrong word")
     parser.add_argument("--threads", type=int, default=1)

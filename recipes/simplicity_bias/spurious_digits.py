@@ -343,35 +343,36 @@ def relative_time(by_method: dict[str, list[dict[str, float]]], name: str) -> fl
 
 
 def draw_figure(runs: Runs, path: Path) -> None:
-    """Training images of each setting, and paired differences to SGD with 95 % intervals."""
+    """Training images of each setting, and paired differences to SGD with 95 % intervals; dotted: the reference."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     panels = {
-        "error": "test error (points)",
-        "digit": "accuracy on digits alone (points)",
-        "reliance": "reliance on the patch",
+        "error": ("test error (points)", "{:.1f} %"),
+        "digit": ("accuracy on digits alone (points)", "{:.1f} %"),
+        "reliance": ("reliance on the patch", "{:.2f}"),
     }
     shown = [name for name in METHODS if name != "sgd" and any(name in by_method for by_method in runs.values())]
-    sizes = [1.5 + sum(name in by_method for name in shown) for by_method in runs.values()]
+    sizes = [2.0 + sum(name in by_method for name in shown) for by_method in runs.values()]
     figure, grid = plt.subplots(
         len(runs),
         4,
-        figsize=(10, 0.9 + 0.22 * sum(sizes)),
+        figsize=(10, 1.0 + 0.25 * sum(sizes)),
         width_ratios=[1.15, 1, 1, 1],
         height_ratios=sizes,
         layout="constrained",
         squeeze=False,
-        sharex="col",
     )
     for (setting, by_method), row in zip(runs.items(), grid, strict=True):
         row[0].imshow(mosaic(setting), interpolation="nearest", aspect="equal")
         row[0].set_title(SETTINGS[setting].title, fontsize=8.5, loc="left")
         row[0].set_axis_off()
         here = [name for name in shown if name in by_method]
-        for axis, key in zip(row[1:], panels, strict=True):
+        for axis, (key, (_, form)) in zip(row[1:], panels.items(), strict=True):
+            level = mean_and_half_width([MEASURES[key][1] * run[key] for run in by_method["sgd"]])[0]
+            axis.set_title(f"SGD: {form.format(level)}", fontsize=8, loc="left")
             for place, name in enumerate(here):
                 mean, half = differences(by_method, name, key)
                 colour = COLOURS[shown.index(name) + 1]
@@ -383,7 +384,7 @@ def draw_figure(runs: Runs, path: Path) -> None:
             axis.set_yticks(range(len(here)), [METHODS[name].title for name in here] if key == "error" else [])
             axis.tick_params(labelsize=8, length=2)
             axis.spines[["top", "right"]].set_visible(False)
-    for axis, title in zip(grid[-1, 1:], panels.values(), strict=True):
+    for axis, (title, _) in zip(grid[-1, 1:], panels.values(), strict=True):
         axis.set_xlabel(f"{title},\nminus SGD", fontsize=9)
     figure.savefig(path, dpi=150)
     plt.close(figure)
@@ -425,9 +426,7 @@ def main() -> None:
     runs: Runs = {}
     began = time.perf_counter()
     keys = ["seed", *MEASURES, *SELECTION, "epoch", "fitted", "shown", "seconds"]
-    with open(
-        options.out / "runs.csv", "w", newline="", buffering=1
-    ) as file:  # by line, lest it be cut off
+    with open(options.out / "runs.csv", "w", newline="", buffering=1) as file:  # by line, lest it be cut off
         writer = csv.DictWriter(file, ["setting", "method", *keys], restval="")
         writer.writeheader()
         for setting in options.settings:

@@ -1,5 +1,6 @@
 import copy
 import io
+import warnings
 
 import lightning.pytorch as pl
 import pytest
@@ -164,6 +165,11 @@ def test_a_checkpoint_without_a_start_is_warned_of(tmp_path):
     run.save_checkpoint(tmp_path / "plain.ckpt")
     with pytest.warns(UserWarning, match="has no reference for FeatureShiftRegularizer"):
         fit(tmp_path, Plain(), regularizer(), ckpt_path=tmp_path / "plain.ckpt", max_epochs=2)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run = trainer(tmp_path, callbacks=[regularizer()])
+        run.test(Plain(), loader(16), ckpt_path=tmp_path / "plain.ckpt", verbose=False)
+    assert not [warning for warning in caught if "reference" in str(warning.message)]
 
 
 def test_the_start_can_be_a_file_and_then_the_checkpoint_has_none(tmp_path):
