@@ -30,12 +30,14 @@ BELOW = {  # what of ours each room may import
     "clip_hooks": {"heads"},
     "clip_tower": {"clip_hooks"},
     "clip_towers": {"clip_hooks", "clip_tower", "taps"},
+    "reference": {"reference", "batches", "clip_towers", "functional", "heads", "passes", "taps"},
     "loss_terms": {"own_parameters", "batches", "taps", "wraps"},
-    "__main__": set(),
+    "doctor": {"doctor", "callbacks", "batches", "heads", "loss_terms", "taps", "wraps"},
+    "__main__": {"doctor"},
     "__init__": set(),
 }
 JOINTS = {"wraps", "batches", "heads", "head_swap", "own_parameters", "taps", "labelled_taps", "loss_terms"}
-JOINTS |= {"passes", "processes", "restart", "train_loader", "clip_hooks", "clip_tower", "clip_towers"}
+JOINTS |= {"passes", "processes", "restart", "train_loader", "clip_hooks", "clip_tower", "clip_towers", "reference"}
 BELOW["callbacks"] = {"callbacks", "metrics", "data", *BELOW["optim"], *JOINTS}
 BELOW["mixins"] = {"mixins", "metrics", *BELOW["optim"], *JOINTS}
 FOREIGN = {  # what of others, beside the standard library, a room may import at the top of a file

@@ -242,14 +242,20 @@ def draw_figure(runs: list[Run], path: Path, shown: tuple[tuple[str, float], tup
             continue
         x, y = ([point[i][0] for point in points] for i in (0, 1))
         x_half, y_half = ([point[i][1] for point in points] for i in (0, 1))
-        style: dict[str, Any] = {"color": COLOURS[place], "elinewidth": 0.6, "linewidth": 1.2, "markersize": 4}
         # The seeds share what is hard in their draw: the intervals are wide, those of differences in the table are not.
-        trade.errorbar(x, y, yerr=y_half, xerr=x_half, fmt="o-", label=METHODS[name].title, **style)
-        for weight, across, up in zip(METHODS[name].weights, x, y, strict=False):
-            if METHODS[name].form is not None:
-                where = (3, 3) if place % 2 else (-4, -9)
-                kind = {"textcoords": "offset points", "fontsize": 6, "color": COLOURS[place]}
-                trade.annotate(f"{weight:g}", (across, up), where, ha="left" if place % 2 else "right", **kind)
+        trade.errorbar(x, y, yerr=y_half, xerr=x_half, fmt="none", ecolor=COLOURS[place], elinewidth=0.5, alpha=0.25)
+        trade.plot(x, y, "o-", color=COLOURS[place], linewidth=1.3, markersize=4.5, label=METHODS[name].title)
+        if METHODS[name].form is not None:  # the weights between them are a decade apart
+            trade.annotate(
+                f"{METHODS[name].weights[-1]:g}",
+                (x[-1], y[-1]),
+                (-5, -2),
+                textcoords="offset points",
+                ha="right",
+                va="top",
+                fontsize=7,
+                color=COLOURS[place],
+            )
     trade.set_xlabel("old digits, head kept (%)", fontsize=9)
     trade.set_ylabel("new digits (%)", fontsize=9)
     trade.set_xlim(right=100.5)

@@ -1,6 +1,6 @@
 """Digits beside a patch that mostly tells their class: what showing slow examples twice does, and what else does it.
 
-    python recipes/simplicity_bias/spurious_digits.py [--seeds 10] [--settings main other] [--quick]
+    python recipes/simplicity_bias/spurious_digits.py [--seeds 10] [--settings main strong] [--quick]
 
 Each run trains the same small perceptron, by SGD or by SGD with one of the ways to choose and to show slow examples.
 All runs of one seed share the split, the patches, the first weights and the orders of epochs that show every example
@@ -30,8 +30,7 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import MultiStepLR
 
 from lightning_feat.baselines import MLPClassifier
-from lightning_feat.callbacks import DataPlan
-from lightning_feat.callbacks.upsampling import SimplicityBiasUpsampler
+from lightning_feat.callbacks import DataPlan, SimplicityBiasUpsampler
 from lightning_feat.data.spurious_digits import (
     NO_PATCH,
     NUM_CLASSES,
@@ -406,7 +405,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=10, help="runs of each method")
     parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=["main", "other", "noise"])
     parser.add_argument("--methods", nargs="+", choices=[*METHODS, *SWEEP], help="for all settings; must hold sgd")
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--lr", type=float, default=0.05)

@@ -1,0 +1,72 @@
+"""What can be told of a run before a batch is run."""
+
+from typing import Any
+
+from lightning_feat.callbacks.grassmann import GrassmannHead
+from lightning_feat.callbacks.simplex import SimplexETFHead
+from lightning_feat.doctor.blame import is_ours, name_of
+from lightning_feat.doctor.finding import Finding
+from lightning_feat.doctor.terms import taps_in
+from lightning_feat.doctor.trial import Run
+from lightning_feat.heads import _is_compiled
+
+_AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
+_HEADS = (GrassmannHead, SimplexETFHead)
+
+
+def averaging_before_heads(run: Run) -> tuple[list[Finding], list[int]]:
+    """Findings about averaging callbacks that copy the module before its head is replaced; and the positions of all
+    callbacks in an order in which they do not.
+    """
+    findings: list[Finding] = []
+    early: list[int] = []
+    for i, callback in enumerate(run.callbacks):
+        heads = [other for other in run.callbacks[i + 1 :] if isinstance(other, _HEADS)]
+        if heads and any(cls.__name__ in _AVERAGING for cls in type(callback).__mro__):
+            early.append(i)
+            name, head = type(callback).__name__, type(heads[0]).__name__
+            findings.append(
+                Finding(
+                    "error",
+                    "averaging-before-head",
+                    name,
+                    f"{name} stands before {head}.",
+                    "It copies the module with the old classifier, and would average that one.",
+                    f"Put {head} before {name} in Trainer(callbacks=[...]).",
+                )
+            )
+    return findings, [i for i in range(len(run.callbacks)) if i not in early] + early
+
+
+def compiled_before_hooks(run: Run) -> list[Finding]:
+    """Findings about code that was compiled from this module and has run, which calls no hook that comes now."""
+    if any(_is_compiled(part) for part in run.module.modules()):
+        return []  # where a tap sees that, it lets everything be traced again
+    tapping = [name_of(callback) for callback in run.callbacks if is_ours(callback) and taps_in(callback)]
+    findings = []
+    for name, part in run.module.named_modules() if tapping else ():
+        for attribute, value in vars(part).items():
+            function = getattr(value, "_torchdynamo_orig_callable", None)
+            if function is not None and _has_run(function):
+                findings.append(
+                    Finding(
+                        "error",
+                        "compiled-before-hooks",
+                        f"{name}.{attribute}".lstrip("."),
+                        "this compiled function has run already, and its code was traced without the hooks of "
+                        f"{', '.join(tapping)}.",
+                        "It will not call them, and says nothing: there would be no features.",
+                        "Call torch.compiler.reset() before fit, or do not validate or call the module before it.",
+                    )
+                )
+    return findings
+
+
+def _has_run(function: Any) -> bool:
+    try:
+        from torch._dynamo.eval_frame import _debug_get_cache_entry_list
+
+        code = getattr(getattr(function, "__func__", function), "__code__", None)
+        return code is not None and len(_debug_get_cache_entry_list(code)) > 0
+    except ImportError:  # another version of PyTorch: not known
+        return False
