@@ -50,7 +50,7 @@ class FeatureTap:
         self.read: Read = read or ("input" if layer is None else "output")
         self.pooling = pooling
         self.keep_graph = keep_graph
-        self._ear: _Ear | None = None
+        self._ear: Ear | None = None
         self._handle: RemovableHandle | None = None
 
     @property
@@ -66,7 +66,7 @@ class FeatureTap:
         """Hook the layer of ``module``; an earlier hook is removed. Raises ``ValueError`` if there is no such layer."""
         self.remove()
         layer = self.find(module)
-        self._ear = _Ear(self.keep_graph)
+        self._ear = Ear(self.keep_graph)
         if self.read == "input":
             self._handle = layer.register_forward_pre_hook(self._ear.hear_input, with_kwargs=True)
         else:
@@ -133,13 +133,13 @@ class FeatureTap:
         finally:
             self.drop()
 
-    def _attached(self) -> "_Ear":
+    def _attached(self) -> "Ear":
         if self._ear is None:
             raise RuntimeError("the tap is not attached to a module: call attach(module) first.")
         return self._ear
 
 
-class _Ear:
+class Ear:
     """The hook: an object reachable from the layer, so that a copy of the module gets an ear, and a memory, of its
     own.
     """

@@ -12,6 +12,7 @@ from lightning_feat.callbacks.curves import Points
 from lightning_feat.callbacks.feature_shift_figures import draw_shifts
 from lightning_feat.callbacks.feature_shift_regularizer import FeatureShiftRegularizer
 from lightning_feat.callbacks.figures import folder_for_figures, publish_figure
+from lightning_feat.callbacks.nonfinite import NonfiniteWatch
 from lightning_feat.callbacks.twins import callbacks_of, refuse_twin
 from lightning_feat.functional.feature_shift import ShiftSums, shift_discrepancy, shift_measures, shift_sums
 from lightning_feat.passes import Forward
@@ -35,8 +36,9 @@ class FeatureShiftMonitor(Callback):
     Logs, over each epoch, ``feature_shift/relative/<layer>`` and ``feature_shift/cosine/<layer>``;
     ``functional.feature_shift`` defines both. ``data="train"`` takes the training batches as they pass: the network as
     it is trained, its weights moving meanwhile, its reference in eval mode. Dropout and batch statistics then count as
-    a shift. ``data="val"`` takes the batches of each validation, in eval mode, logged as ``feature_shift_val/...``;
-    a sample that a distributed sampler repeats there counts twice.
+    a shift. Where a run resumes in the middle of an epoch, that epoch shows the batches since then alone, as the sums
+    are in no checkpoint. ``data="val"`` takes the batches of each validation, in eval mode, logged as
+    ``feature_shift_val/...``; a sample that a distributed sampler repeats there counts twice.
 
     For two towers give ``text_layers`` and ``image_layers``, block by block. Then the difference of the shifts of pair
     j, ``feature_shift/discrepancy/<j>``, and its mean, ``feature_shift/discrepancy/mean``, are logged as well. With
@@ -109,6 +111,8 @@ class FeatureShiftMonitor(Callback):
             self.comparison = Comparison(named, frozen, read, pooling, mask_key, self._keep_graph)
         self._of: weakref.ref[LightningModule] | None = None  # whose start it is
         self._totals: dict[str, ShiftSums] = {}
+        self._lost: dict[str, Tensor] = {}  # tokens that were not finite
+        self.nonfinite = NonfiniteWatch(self.state_key, " and are left out of the shift")
         self._listens, self._folder = False, ""
 
     @property
@@ -166,11 +170,12 @@ class FeatureShiftMonitor(Callback):
             ]
             lent = [other for other in references if isinstance(other, FrozenStart)]
             frozen.attach(pl_module, lent[0] if lent else None)
-        self._totals, self._listens = {}, False
+        self._totals, self._lost, self._listens = {}, {}, False
+        self.nonfinite.reset()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.data == "train":
-            self._totals = {}
+            self._totals, self._lost = {}, {}
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self.data == "train" and batch_idx % self.every_n_batches == 0:
@@ -191,7 +196,7 @@ class FeatureShiftMonitor(Callback):
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.data == "val":
-            self._totals = {}
+            self._totals, self._lost = {}, {}
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -264,7 +269,11 @@ class FeatureShiftMonitor(Callback):
             self._add(label, pair)
 
     def _add(self, label: str, pair: Compared) -> None:
-        sums = shift_sums(*pair)
+        finite_R = pair.features.isfinite().all(-1) & pair.reference.isfinite().all(-1)
+        counts_R = finite_R if pair.mask is None else pair.mask & finite_R
+        lost_R = ~finite_R if pair.mask is None else pair.mask & ~finite_R
+        self._lost[label] = self._lost.get(label, torch.zeros((), device=finite_R.device)) + lost_R.sum()
+        sums = shift_sums(pair.features, pair.reference, counts_R)
         before = self._totals.get(label)
         self._totals[label] = sums if before is None else ShiftSums(*(a + b for a, b in zip(before, sums, strict=True)))
 
@@ -275,12 +284,16 @@ class FeatureShiftMonitor(Callback):
         relative: dict[str, Tensor] = {}
         for label in comparison.labels:
             # Each process asks for each layer, in the same order: at a sum one alone would wait for ever.
-            totals = torch.stack([*self._totals.get(label, [torch.zeros((), device=pl_module.device)] * 4)])
+            nothing = torch.zeros((), device=pl_module.device)
+            sums = self._totals.get(label, [nothing] * 4)
+            totals = torch.stack([*sums, self._lost.get(label, nothing).to(sums[0])])
             if trainer.world_size > 1:
                 totals = trainer.strategy.reduce(totals, reduce_op="sum")  # type: ignore[assignment]
-            if not totals[0]:
+            used, lost = float(totals[0]), float(totals[4])
+            if not used + lost:
                 continue
-            for measure, value in shift_measures(ShiftSums(*totals)).items():
+            self.nonfinite.check(trainer, label, lost, used + lost)
+            for measure, value in shift_measures(ShiftSums(*totals[:4])).items():
                 self._log(pl_module, f"{measure}/{label}", value)
                 if measure == "relative":
                     relative[label] = value
@@ -322,4 +335,4 @@ class FeatureShiftMonitor(Callback):
                 tap.remove()
         if self._frozen is not None:
             self._frozen.remove()
-        self._totals, self._listens = {}, False
+        self._totals, self._lost, self._listens = {}, {}, False

@@ -19,6 +19,7 @@ from lightning_feat.loss_terms import LossTerm, Weight, WeightSchedule, add_loss
 from lightning_feat.passes import Forward
 from lightning_feat.reference import (
     CachedStart,
+    Compared,
     Comparison,
     FrozenStart,
     StartWeights,
@@ -224,6 +225,15 @@ class _ShiftTerm(LossTerm):
         return f"feature_shift/{measure}/{self.form}"
 
 
+def _penalty(form: str, pair: Compared) -> Tensor:
+    """Zero where the penalty is not defined, as the loss is not to become nan: no token counts, or the reference has no
+    length that a shift could be a share of.
+    """
+    counted = pair.reference if pair.mask is None else pair.reference[pair.mask]
+    defined = bool(counted.any()) if form == "relative" else len(counted) > 0
+    return PENALTIES[form](*pair) if defined else pair.features[:0].sum()
+
+
 class _FeatureTerm(_ShiftTerm):
     def __init__(self, comparison: Comparison, form: str, weight: WeightSchedule, backward_index: int) -> None:
         super().__init__(form, weight, comparison.all_taps, backward_index)
@@ -231,7 +241,7 @@ class _FeatureTerm(_ShiftTerm):
 
     def value(self, module: LightningModule, batch: Any) -> Tensor:
         compared = self.comparison.take(module, batch).values()
-        return torch.stack([PENALTIES[self.form](*pair) for pair in compared]).mean()
+        return torch.stack([_penalty(self.form, pair) for pair in compared]).mean()
 
 
 class _TowerTerm(_ShiftTerm):
@@ -242,9 +252,9 @@ class _TowerTerm(_ShiftTerm):
     def value(self, module: LightningModule, batch: Any) -> Tensor:
         compared = self.comparison.take(module, batch)
         if self.form != "consistency":
-            return torch.stack([PENALTIES[self.form](*pair) for pair in compared.values()]).mean()
+            return torch.stack([_penalty(self.form, pair) for pair in compared.values()]).mean()
         still = torch.zeros((), device=module.device)  # of a text tower that has no prompts, and did not run
-        shift = {label: relative_shift(*pair) for label, pair in compared.items()}
+        shift = {label: _penalty("relative", pair) for label, pair in compared.items()}
         text, image = ([shift.get(tap.label, still) for tap in taps] for taps in self.comparison.pairs)
         return shift_consistency_loss(torch.stack(text), torch.stack(image))
 
