@@ -194,7 +194,8 @@ def between_class_directions(totals: ClassSums, global_mean: GlobalMean = "class
 
     Centred means are linearly dependent, so at most ``S - 1`` directions are kept, whatever rounding puts into the next
     one; fewer where class means coincide, up to the rounding of the means themselves. R is zero where nothing can be
-    said: fewer than two classes, no features, or means that are not finite. Costs one SVD: about a second at S = 1000, D = 2048.
+    said: fewer than two classes, no features, or means that are not finite. Costs one SVD: about a second at S = 1000,
+    D = 2048.
     """
     mean_SD = centered_class_means(totals, global_mean)
     if len(mean_SD) < 2 or mean_SD.shape[1] == 0 or not mean_SD.isfinite().all():

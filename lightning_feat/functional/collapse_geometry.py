@@ -124,7 +124,7 @@ def ce_nonnegative_collapse_count(
 ) -> float:
     """Samples up to which a class collapses to zero in :func:`ce_nonnegative_frame`; of two classes at least."""
     if num_classes < 2:
-        raise ValueError(f"num_classes={num_classes} must be at least 2: a single class has no optimum to collapse from")
+        raise ValueError(f"num_classes={num_classes} must be at least 2: no optimum exists for one class")
     return num_samples**2 * weight_decay * feature_decay * num_classes / (num_classes - 1)
 
 
@@ -244,7 +244,7 @@ def free_features(weight: Tensor, targets: Tensor, feature_decay: float, max_ste
         raise ValueError(f"feature_decay={feature_decay} must be above zero: without it mixed classes have no optimum")
     if weight.ndim != 2 or targets.ndim != 2 or targets.shape[1] != len(weight):
         raise ValueError(
-            f"weight must be (C, D) and targets (N, C) soft targets, got {tuple(weight.shape)} and "
+            f"weight must be (C, D) and targets must be (N, {len(weight)}) soft targets, got {tuple(weight.shape)} and "
             f"{tuple(targets.shape)}"
         )
     w_CD, y_NC = to_float64(weight), to_float64(targets)

@@ -42,7 +42,8 @@ def dot_regression(features: Tensor, targets: Tensor, prototypes: Tensor) -> Ten
         >>> dot_regression(torch.tensor([[3.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 0]), corners)  # 0, 90 degrees
         tensor(0.2500)
     """
-    length_C = torch.linalg.vector_norm(prototypes, dim=1)
+    exact = torch.promote_types(prototypes.dtype, torch.float32)
+    length_C = torch.linalg.vector_norm(prototypes, dim=1, dtype=exact)
     if targets.ndim == 2 and targets.is_floating_point():
         if targets.shape != (len(features), len(prototypes)):
             raise ValueError(f"soft targets must be ({len(features)}, {len(prototypes)}), got {tuple(targets.shape)}.")

@@ -77,7 +77,8 @@ def nc2_cosine_std(vectors: Tensor) -> Tensor:
 
 
 def _pair_distances(vectors: Tensor) -> Tensor:
-    return torch.pdist(_normalized(vectors))
+    unit_SD = _normalized(vectors)
+    return torch.pdist(unit_SD) if len(unit_SD) else unit_SD.sum(1)  # the gradient of pdist ends the process (2.15)
 
 
 def nc2_distance_mean(vectors: Tensor) -> Tensor:

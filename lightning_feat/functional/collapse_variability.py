@@ -117,8 +117,10 @@ def cdnv_matrix(totals: ClassSums) -> Tensor:
     seen_C = totals.counts > 0
     mean_SD = class_means(totals)[seen_C]
     distance_SS = torch.cdist(mean_SD, mean_SD, compute_mode="donot_use_mm_for_euclid_dist")
-    value_SS = class_variances(totals)[seen_C, None] / distance_SS.square()
-    return value_SS.masked_fill(torch.eye(len(mean_SD), dtype=torch.bool, device=mean_SD.device), torch.nan)
+    same_SS = torch.eye(len(mean_SD), dtype=torch.bool, device=mean_SD.device)
+    # Filled before the division as well: the gradient of 0 / 0 is nan, whatever becomes of the result.
+    value_SS = class_variances(totals)[seen_C, None] / distance_SS.square().masked_fill(same_SS, 1.0)
+    return value_SS.masked_fill(same_SS, torch.nan)
 
 
 def _pair_cdnv(totals: ClassSums) -> Tensor:
@@ -126,7 +128,10 @@ def _pair_cdnv(totals: ClassSums) -> Tensor:
     variance_S = class_variances(totals)[seen_C]
     row_P, column_P = torch.triu_indices(len(variance_S), len(variance_S), 1, device=variance_S.device)
     pair_variance_P = variance_S[row_P] + variance_S[column_P]  # in the order of pdist
-    return pair_variance_P / (2 * torch.pdist(class_means(totals)[seen_C]).square())
+    mean_SD = class_means(totals)[seen_C]
+    # Without rows the gradient of pdist ends the process (torch 2.15).
+    distance_P = torch.pdist(mean_SD) if len(mean_SD) else mean_SD.sum(1)
+    return pair_variance_P / (2 * distance_P.square())
 
 
 def class_distance_normalized_variance(totals: ClassSums) -> Tensor:

@@ -63,7 +63,7 @@ def subspace_logits(features: Tensor, basis: Tensor, scale: float | Tensor = 25.
     x_ND = features.to(exact)
     if normalize:
         x_ND = unit_length(tamed(x_ND)[0])
-    parts_NCk = linear(x_ND.to(basis.dtype), basis.flatten(0, 1)).view(len(features), *basis.shape[:2])
+    parts_NCk = linear(x_ND.to(basis.dtype), basis.flatten(0, 1)).view(features.shape[0], *basis.shape[:2])
     logits_NC: Tensor = torch.linalg.vector_norm(parts_NCk.to(exact), dim=2)
     return logits_NC * scale
 
@@ -81,7 +81,8 @@ def principal_angles(a: Tensor, b: Tensor) -> Tensor:
         b: ``(..., l, D)``, orthonormal rows; leading dimensions broadcast.
 
     Returns:
-        ``(..., min(k, l))``, in float32 at least. Differentiable where the angles are distinct and not zero; else some subgradient.
+        ``(..., min(k, l))``, in float32 at least. Differentiable where the angles are distinct and not zero; else some
+        subgradient.
 
     Example:
         >>> principal_angles(torch.eye(3)[:1], torch.tensor([[0.6, 0.8, 0.0]])).cos()

@@ -175,6 +175,8 @@ def two_neighbor_dimension(features: Tensor) -> Tensor:
     if len(h_ND) < 3:
         return h_ND.new_full((), torch.nan)
     distance_NN = torch.cdist(h_ND, h_ND, compute_mode="donot_use_mm_for_euclid_dist")
-    near_N2 = distance_NN.fill_diagonal_(torch.inf).topk(2, largest=False).values
+    same_NN = torch.eye(len(h_ND), dtype=torch.bool, device=h_ND.device)
+    # Not in place: the gradient of cdist needs its result.
+    near_N2 = distance_NN.masked_fill(same_NN, torch.inf).topk(2, largest=False).values
     near_N2 = near_N2[near_N2[:, 0] > 0]
     return len(near_N2) / (near_N2[:, 1] / near_N2[:, 0]).log().sum()

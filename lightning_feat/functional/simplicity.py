@@ -89,7 +89,10 @@ def two_means(
         x_BMF -= x_BMF.sum(1, keepdim=True) / here_BM.sum(1)[:, None, None]
         x_BMF *= here_BM[:, :, None]
         # By a power of two, which rounds nothing: in float32 the squares of 1e20 overflow, those of 1e-25 vanish.
-        size_B = torch.exp2(x_BMF.abs().amax((1, 2)).double().log2().floor().nan_to_num(neginf=0.0))
+        size_B = x_BMF.new_zeros(len(x_BMF), dtype=torch.float64)
+        if x_BMF.numel():
+            size_B = x_BMF.abs().amax((1, 2)).double()
+        size_B = torch.exp2(size_B.log2().floor().nan_to_num(neginf=0.0))
         x_BMF = (x_BMF / size_B[:, None, None]).to(exact)
         side_BM, inertia_B = _cut(x_BMF, here_BM, draws_CR2[classes_B.cpu()].to(device), max_iterations)
         cluster_N[place_BM[there_BM]] = side_BM.to(outputs.device)[there_BM].to(cluster_N.dtype)

@@ -92,11 +92,15 @@ def few_shot_error_bound(totals: ClassSums, shots: int | None = None) -> Tensor:
         Scalar, float64; nan with fewer than two classes.
     """
     seen_C = totals.counts > 0
-    mean_CD, deviation_C = class_means(totals)[seen_C], class_variances(totals)[seen_C].sqrt()
+    mean_CD, variance_C = class_means(totals)[seen_C], class_variances(totals)[seen_C]
     if len(mean_CD) < 2:
         return mean_CD.new_full((), torch.nan)
+    # The root has no slope at zero: a class without spread gets the gradient zero.
+    deviation_C = torch.where(variance_C == 0, 0.0, torch.where(variance_C == 0, 1.0, variance_C).sqrt())
     share = 0.0 if shots is None else shots**-0.5
     reach_CC = (2 + share) * deviation_C[:, None] + share * deviation_C
     distance_CC = torch.cdist(mean_CD, mean_CD, compute_mode="donot_use_mm_for_euclid_dist")
-    wrong_CC = (reach_CC / distance_CC).square().fill_diagonal_(0.0)
+    # Filled before the division: the gradient of x / 0 is nan, whatever becomes of the result.
+    same_CC = torch.eye(len(mean_CD), dtype=torch.bool, device=mean_CD.device)
+    wrong_CC = (reach_CC / distance_CC.masked_fill(same_CC, torch.inf)).square()
     return wrong_CC.sum(1).mean().clamp(max=1)

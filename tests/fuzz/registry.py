@@ -1,0 +1,434 @@
+"""Every public function of the functional room, one line each: how to call it in a world, and what must hold of it.
+
+A function that is in no line fails a test. The least a new one needs is ``"file.name": Case(lambda w: (arguments,))``.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from fuzz import definitions as slow
+from fuzz.worlds import FINITE, World
+from torch import Tensor
+
+from lightning_feat.functional.class_separation import direction_sums, pair_angle_sums
+from lightning_feat.functional.class_sums import empty_class_sums
+from lightning_feat.functional.collapse_duality import neco_subspace
+from lightning_feat.functional.feature_shift import shift_sums
+from lightning_feat.functional.grassmann_geodesic import full_precision
+from lightning_feat.functional.mixup_geometry import MixSums, mix_sums
+
+
+@dataclass(frozen=True)
+class Case:
+    """How one function is called, and what must hold.
+
+    Args:
+        arguments: of a world.
+        keywords: of a world.
+        degree: what a factor s on everything scaled does to the result: entry by entry, times s to this power.
+        scales: exponents of two between which that holds.
+        samples: what another order of the samples does: nothing, or the same to the rows of the result.
+        adds: the results of two parts of the samples add up to that of all.
+        gradient: with respect to every floating tensor that goes in, finite where the result is, and that of finite
+            differences; False where a docstring says so or the result is a choice or a whole number.
+        mutates: places of arguments that are meant to be overwritten.
+        definition: the same computed slowly, of the same arguments in float64.
+        step: of the finite differences.
+        kinds: of worlds where the definition is compared: not those where it divides a rounding by a rounding.
+        tolerance: of the comparisons, relative to the largest entry; in float64.
+        exact: whether the dtypes of the arguments make no difference: everything is brought to float64 first.
+        function: what is called, where it is not the function itself.
+    """
+
+    arguments: Callable[[World], tuple[Any, ...]]
+    keywords: Callable[[World], dict[str, Any]] = lambda w: {}
+    degree: float | Sequence[float] | None = None
+    scales: tuple[int, int] = (-100, 100)
+    samples: Literal["nothing", "along"] | None = None
+    adds: bool = False
+    gradient: bool = False
+    step: float = 1e-5
+    mutates: tuple[int, ...] = ()
+    definition: Callable[..., Any] | None = None
+    kinds: tuple[str, ...] = FINITE
+    tolerance: float = 1e-9
+    exact: bool = True
+    function: Callable[..., Any] | None = None
+
+
+F32 = partial(Case, exact=False)
+cpu = torch.device("cpu")
+
+
+def _features(w: World) -> tuple[Tensor, Tensor, int]:
+    return w.features(), w.targets(), w.num_classes
+
+
+def _totals(w: World) -> tuple[Any, ...]:
+    return (w.totals(),)
+
+
+def _with_moment(w: World) -> tuple[Any, ...]:
+    return w.totals(), w.moment()
+
+
+def _vectors(w: World) -> tuple[Tensor]:
+    return (w.vectors(),)
+
+
+def _weight_and_means(w: World) -> tuple[Tensor, Tensor]:
+    return w.vectors("weight"), w.vectors("means")
+
+
+def _two_bases(w: World) -> tuple[Tensor, Tensor]:
+    return w.basis("first"), w.basis("second")
+
+
+def _shifted(w: World) -> tuple[Tensor, Tensor]:
+    return w.features("now"), w.features("then")
+
+
+def _per_block(w: World) -> tuple[Tensor, Tensor]:
+    return w.lengths("text"), w.lengths("image")
+
+
+def _grams(w: World) -> tuple[Tensor, ...]:
+    return tuple(w.finish(0.5 + w.lengths(name).detach().double()) for name in ("a", "b", "c", "d"))
+
+
+def _mixes(w: World) -> tuple[Tensor, ...]:
+    shares = 0.1 + 0.8 * torch.rand(w.num_samples, generator=w.generator("shares"), dtype=torch.float64)
+    return (
+        w.features(),
+        w.logits(),
+        w.vectors("weight"),
+        w.targets("first"),
+        w.targets("second"),
+        w.finish(w.per_sample(shares)),
+    )
+
+
+def _shares(w: World) -> Tensor:
+    return w.finish(torch.linspace(0.1, 0.8, 4))
+
+
+def _mix_totals(w: World) -> MixSums:
+    return mix_sums(*_mixes(w))
+
+
+def _neco(w: World) -> tuple[Any, ...]:
+    return w.totals(), w.moment(), 1
+
+
+def _probe(w: World) -> tuple[Tensor, ...]:
+    return tuple(entry for name in "abc" for entry in (w.features(name), w.targets(name)))
+
+
+def _tangent_step(w: World) -> tuple[Tensor, Tensor]:
+    start = w.basis().detach()
+    return start + 0.1 * w.matrices().detach().to(start), start
+
+
+def _symmetric(w: World) -> Tensor:
+    rows = replace(w, nudge=0.0, tape=[]).matrices().detach()
+    rows = rows.to(torch.float64 if w.dtype == torch.float64 else torch.float32)
+    return w.finish(rows @ rows.mT, rows.dtype)
+
+
+def _decays(w: World) -> tuple[float, float]:
+    return 10.0 ** -(2 + w.whole_number("weight decay", 3)), 10.0 ** -(2 + w.whole_number("feature decay", 3))
+
+
+def _in_precision(device: torch.device) -> Tensor:
+    with full_precision(device):
+        return torch.ones(2) @ torch.ones(2)
+
+
+def _block(w: World) -> Tensor:
+    return torch.arange(w.num_features) < (w.num_features + 1) // 2
+
+
+def _generator(w: World) -> dict[str, Any]:
+    return {"generator": w.generator("draws")}
+
+
+def _curve(w: World) -> tuple[Any, ...]:
+    return [float(loss) for loss in w.losses()], 50
+
+
+CASES: dict[str, Case] = {
+    "class_separation.add_direction_sums_": Case(
+        lambda w: (empty_class_sums(w.num_classes, w.num_features), *_features(w)[:2]), mutates=(0,), degree=0
+    ),
+    "class_separation.direction_sums": Case(_features, degree=0, samples="nothing", adds=True, gradient=True),
+    "class_separation.class_separation_r2": Case(
+        lambda w: (direction_sums(*_features(w)),), degree=0, samples="nothing", gradient=True
+    ),
+    "class_separation.pair_angle_sums": Case(
+        _features, degree=0, samples="nothing", gradient=True, definition=slow.pair_angle_sums, tolerance=1e-7
+    ),
+    "class_separation.within_class_variability": Case(
+        lambda w: (pair_angle_sums(*_features(w)),), degree=0, samples="nothing", gradient=True, tolerance=1e-7
+    ),
+    "class_separation.sample_of_each_class": Case(lambda w: (w.targets(), 2)),
+    "class_sums.accumulation_device": Case(lambda w: (cpu,)),
+    "class_sums.to_float64": Case(lambda w: (w.features(),), degree=1, samples="along", gradient=True),
+    "class_sums.check_target_range": Case(lambda w: (w.targets(), w.num_classes)),
+    "class_sums.empty_class_sums": Case(lambda w: (w.num_classes, w.num_features)),
+    "class_sums.add_class_sums_": Case(
+        lambda w: (empty_class_sums(w.num_classes, w.num_features), *_features(w)[:2], w.weights()),
+        mutates=(0,),
+        degree=(0, 1, 2),
+    ),
+    "class_sums.class_sums": Case(
+        _features, degree=(0, 1, 2), samples="nothing", adds=True, gradient=True, definition=slow.class_sums
+    ),
+    "class_sums.second_moment": Case(
+        lambda w: (w.features(), w.weights()), degree=2, samples="nothing", adds=True, gradient=True
+    ),
+    "class_sums.class_means": Case(_totals, degree=1, samples="nothing", gradient=True, definition=slow.class_means),
+    "class_sums.class_variances": Case(_totals, degree=2, samples="nothing", gradient=True),
+    "class_sums.feature_mean": Case(_totals, degree=1, samples="nothing", gradient=True),
+    "class_sums.centered_class_means": Case(_totals, degree=1, samples="nothing", gradient=True),
+    "class_sums.between_class_directions": Case(_totals, degree=(1, 0)),
+    "class_sums.class_centers": Case(_totals, degree=(1, 1, 0, -1)),
+    "class_sums.center_sums": Case(
+        lambda w: (*_features(w)[:2], w.logits(), w.centers()), degree=0, samples="nothing", adds=False
+    ),
+    "class_sums.repeated_by_sampler": Case(lambda w: (2 * w.num_samples, 4, 1, 2, 3 * w.num_samples + 1)),
+    "collapse_duality.nc0": Case(_vectors, degree=2, gradient=True),
+    "collapse_duality.nc0_relative": Case(_vectors, degree=0, gradient=True),
+    "collapse_duality.nc3": Case(_weight_and_means, degree=0, gradient=True, definition=slow.nc3),
+    "collapse_duality.nc3_squared": Case(_weight_and_means, degree=0, gradient=True),
+    "collapse_duality.nc3_centered_weight": Case(_weight_and_means, degree=0, gradient=True),
+    "collapse_duality.nc3_cosine": Case(_weight_and_means, degree=0, gradient=True, definition=slow.nc3_cosine),
+    "collapse_duality.nc3_duality_error": Case(_weight_and_means, degree=0, gradient=True),
+    "collapse_duality.nc3_uniform_duality_var": Case(_weight_and_means, degree=4, gradient=True),
+    "collapse_duality.bias_duality": Case(
+        lambda w: (w.vectors("weight"), w.per_class(), w.finish(w.raw("mean", w.num_features))), gradient=True
+    ),
+    "collapse_duality.nc4_mismatch": Case(lambda w: (w.residuals(),), degree=0, samples="nothing"),
+    "collapse_duality.ncc_accuracy": Case(lambda w: (w.residuals(),), degree=0, samples="nothing"),
+    "collapse_duality.nc5_orthogonality": Case(
+        lambda w: (w.totals(), w.finish(w.scale * w.raw("mean", w.num_features))), degree=0, gradient=True
+    ),
+    "collapse_duality.neco_subspace": Case(_neco, degree=(1, 1, 0)),
+    "collapse_duality.neco_scores": Case(
+        lambda w: (w.features("foreign"), neco_subspace(*_neco(w)), w.logits()), degree=0, samples="along"
+    ),
+    "collapse_geometry.orthogonal_frame_error": Case(_vectors, degree=0, gradient=True),
+    "collapse_geometry.general_frame_error": Case(lambda w: (w.vectors(), w.lengths()), degree=0, gradient=True),
+    "collapse_geometry.mse_orthogonal_frame": Case(lambda w: (w.counts(), *_decays(w))),
+    "collapse_geometry.mse_collapse_count": Case(lambda w: (w.num_samples, *_decays(w))),
+    "collapse_geometry.ce_nonnegative_frame": Case(lambda w: (w.counts(), *_decays(w))),
+    "collapse_geometry.ce_nonnegative_collapse_count": Case(lambda w: (w.num_samples, w.num_classes, *_decays(w))),
+    "collapse_geometry.ce_frame": Case(lambda w: (w.counts(), 1e-2, 1e-2)),
+    "collapse_geometry.ce_merge_count": Case(lambda w: (w.num_samples, *_decays(w))),
+    "collapse_geometry.seli_grams": Case(lambda w: (w.counts(),)),
+    "collapse_geometry.minority_cosine": Case(
+        lambda w: (w.vectors(), torch.arange(w.num_classes) < 2), degree=0, gradient=True
+    ),
+    "collapse_geometry.free_features": Case(lambda w: (replace(w, scale=1).vectors(), w.soft_targets(), 1e-2, 20)),
+    "collapse_losses.dot_regression": F32(
+        lambda w: (w.features(), w.targets(), replace(w, scale=1).vectors()),
+        degree=0,
+        scales=(-20, 100),
+        samples="nothing",
+        gradient=True,
+        definition=slow.dot_regression,
+    ),
+    "collapse_losses.balanced_lengths": F32(lambda w: (w.counts(),), definition=slow.balanced_lengths),
+    "collapse_losses.within_class_pull": F32(
+        lambda w: (w.features(), w.targets(), w.vectors("means")),
+        degree=2,
+        samples="nothing",
+        gradient=True,
+        definition=slow.within_class_pull,
+    ),
+    "collapse_losses.between_class_push": F32(_vectors, degree=0, scales=(-20, 100), gradient=True, tolerance=1e-6),
+    "collapse_losses.scale_gradient": F32(lambda w: (w.features(), 0.5), degree=1, samples="along"),
+    "collapse_means.cosine_matrix": Case(_vectors, degree=0, gradient=True, definition=slow.cosine_matrix),
+    "collapse_means.gram_error": Case(_weight_and_means, degree=0, gradient=True, definition=slow.nc3),
+    "collapse_means.simplex_gram": Case(lambda w: (w.num_classes,)),
+    "collapse_means.nc2_etf_error": Case(_vectors, degree=0, gradient=True, definition=slow.nc2_etf_error),
+    "collapse_means.nc2_equinorm": Case(_vectors, degree=0, gradient=True, definition=slow.nc2_equinorm),
+    "collapse_means.nc2_equiangularity": Case(_vectors, degree=0, gradient=True),
+    "collapse_means.nc2_cosine_std": Case(_vectors, degree=0, gradient=True),
+    "collapse_means.nc2_distance_mean": Case(_vectors, degree=0, gradient=True, definition=slow.nc2_distance_mean),
+    "collapse_means.nc2_distance_var": Case(_vectors, degree=0, gradient=True),
+    "collapse_means.nc2_log_distance_mean": Case(_vectors, degree=0, gradient=True),
+    "collapse_means.nc2_subspace_chordal_cv": Case(lambda w: (w.basis(),), tolerance=1e-6, gradient=True),
+    "collapse_means.nc2_subspace_spread": Case(lambda w: (w.basis(),), gradient=True, tolerance=1e-6),
+    "collapse_means.nc3_subspace_angle": Case(lambda w: (w.basis(), w.vectors("means")), gradient=True, tolerance=1e-6),
+    "collapse_picture.collapse_picture": Case(_totals, keywords=lambda w: {"within": w.covariance()}),
+    "collapse_variability.within_class_covariance": Case(_with_moment, degree=2, samples="nothing", gradient=True),
+    "collapse_variability.within_class_scatter": Case(
+        lambda w: (*_features(w)[:2], replace(w, grad=False, nudge=0.0, order=None, part=None, tape=[]).centers()),
+        degree=2,
+        samples="nothing",
+        adds=True,
+        gradient=True,
+    ),
+    "collapse_variability.nc1_pinv": Case(_with_moment, degree=0, samples="nothing"),
+    "collapse_variability.nc1_pinv_over_k": Case(_with_moment, degree=0, samples="nothing"),
+    "collapse_variability.nc1_projected_over_k": Case(
+        lambda w: (w.totals(), w.residuals()), degree=0, samples="nothing"
+    ),
+    "collapse_variability.nc1_projected_over_k_balanced": Case(
+        lambda w: (w.totals(), w.residuals()), degree=0, samples="nothing"
+    ),
+    "collapse_variability.nc1_quotient": Case(
+        _totals, degree=0, samples="nothing", definition=slow.nc1_quotient, kinds=("normal",), gradient=True
+    ),
+    "collapse_variability.nc1_quotient_balanced": Case(_totals, degree=0, samples="nothing", gradient=True),
+    "collapse_variability.cdnv_matrix": Case(_totals, degree=0, samples="nothing", gradient=True),
+    "collapse_variability.class_distance_normalized_variance": Case(
+        _totals, degree=0, samples="nothing", definition=slow.cdnv, kinds=("normal",), gradient=True
+    ),
+    "collapse_variability.cdnv_worst_pair": Case(_totals, degree=0, samples="nothing", gradient=True),
+    "collapse_variability.variability_collapse_index": Case(_with_moment, degree=0, samples="nothing"),
+    "collapse_variability.between_class_spectrum": Case(_totals, degree=2, samples="nothing"),
+    "collapse_variability.within_class_spectrum": Case(_with_moment, degree=2, samples="nothing"),
+    "collapse_variability.covariance_spectrum": Case(lambda w: (w.covariance(),), degree=2, samples="nothing"),
+    "collapse_variability.between_effective_rank": Case(_totals, degree=0, samples="nothing", gradient=True),
+    "feature_shift.relative_shift": F32(
+        lambda w: (*_shifted(w), w.mask()),
+        degree=0,
+        samples="nothing",
+        gradient=True,
+        definition=slow.relative_shift,
+    ),
+    "feature_shift.relative_shift_by_sample": F32(_shifted, degree=0, samples="along", gradient=True),
+    "feature_shift.shift_sums": F32(
+        lambda w: (*_shifted(w), w.mask()), degree=(0, 1, 1, 0), samples="nothing", adds=True
+    ),
+    "feature_shift.shift_measures": F32(lambda w: (shift_sums(*_shifted(w)),), degree=0, samples="nothing"),
+    "feature_shift.cosine_shift": F32(
+        _shifted, degree=0, samples="nothing", gradient=True, definition=slow.cosine_shift, kinds=("normal", "doubled")
+    ),
+    "feature_shift.feature_distillation": F32(_shifted, degree=2, samples="nothing", gradient=True),
+    "feature_shift.l2_sp": F32(lambda w: ([w.features(), w.vectors()], [w.features("start"), None]), degree=2),
+    "feature_shift.shift_discrepancy": F32(_per_block, degree=1),
+    "feature_shift.shift_consistency_loss": F32(_per_block, degree=2, gradient=True),
+    "grassmann.subspace_logits": F32(
+        lambda w: (w.features(), w.basis()),
+        degree=0,
+        samples="along",
+        gradient=True,
+        definition=slow.subspace_logits,
+    ),
+    "grassmann.principal_angles": F32(_two_bases, definition=slow.principal_angles, tolerance=1e-6),
+    "grassmann.svdvals_or_nan": F32(lambda w: (w.matrices(),), degree=1),
+    "grassmann.geodesic_distance": F32(_two_bases, gradient=True),
+    "grassmann.chordal_distance": F32(_two_bases, definition=slow.chordal_distance, tolerance=1e-6, gradient=True),
+    "grassmann.orthonormality_error": F32(lambda w: (w.matrices(),)),
+    "grassmann.polar_projection": F32(lambda w: (w.matrices(),), degree=0),
+    "grassmann.random_basis": Case(lambda w: (w.num_classes, 1, max(w.num_features, 1)), _generator),
+    "grassmann.tangent_projection": F32(lambda w: (w.basis(), w.basis("vector")), gradient=True),
+    "grassmann_angles.pairwise_principal_angles": F32(lambda w: (w.basis(),), tolerance=1e-6),
+    "grassmann_geodesic.full_precision": Case(lambda w: (cpu,), function=_in_precision),
+    "grassmann_geodesic.geodesic_": F32(_tangent_step, mutates=(0,)),
+    "grassmann_geodesic.cos_and_sinc": F32(lambda w: (_symmetric(w),), gradient=True),
+    "hard_examples.highest_losses": Case(lambda w: (w.losses(), w.targets(), w.counts() // 16)),
+    "hard_examples.random_examples": Case(lambda w: (w.targets(), w.counts() // 16)),
+    "hard_examples.misclassified": Case(lambda w: (w.logits(), w.targets()), samples="along"),
+    "lengths.length": F32(lambda w: (w.features(),), degree=1, samples="along", gradient=True, definition=slow.length),
+    "lengths.tamed": F32(lambda w: (w.features(),)),
+    "linear_probe.linear_probe": Case(_probe, lambda w: {"penalties": [0.1, 1.0]}),
+    "linear_probe.fit_logistic_regression": Case(lambda w: (*_features(w), 0.1), tolerance=1e-4),
+    "linear_probe.hold_out": Case(lambda w: (w.targets(), 0.3)),
+    "mixup_geometry.free_logits": Case(
+        lambda w: (w.finish(w.soft_targets().detach(), torch.float64), 10.0), samples="along"
+    ),
+    "mixup_geometry.free_strength": Case(lambda w: (w.num_classes, 1.5, 1e-3)),
+    "mixup_geometry.free_features": Case(
+        lambda w: (
+            torch.eye(max(w.num_classes, 2))[: w.num_samples].double(),
+            replace(w, num_features=9, scale=1.0).simplex(),
+            1e-2,
+        )
+    ),
+    "mixup_geometry.strength_of_margin": Case(lambda w: (w.scores(), w.num_classes)),
+    "mixup_geometry.free_slope": Case(
+        lambda w: (w.finish(w.raw("margin", 1)[0].abs() + 1), _shares(w), w.num_classes), tolerance=1e-8
+    ),
+    "mixup_geometry.mix_sums": Case(_mixes, degree=(0, 0, 0, 0, 0), samples="nothing", adds=True),
+    "mixup_geometry.draw_pairs": Case(lambda w: (w.targets(), 3), _generator),
+    "mixup_geometry.plane_residual": Case(
+        lambda w: (w.features(), w.features("first"), w.features("second")),
+        degree=0,
+        samples="along",
+        gradient=True,
+        definition=slow.plane_residual,
+        kinds=("normal",),
+        tolerance=1e-6,
+    ),
+    "mixup_geometry.mix_measures": Case(
+        lambda w: (_mix_totals(w), _shares(w), w.num_classes), samples="nothing", tolerance=1e-8
+    ),
+    "neural_collapse.collapse_measures": Case(
+        _totals,
+        lambda w: {
+            "moment": w.moment(),
+            "residuals": w.residuals(),
+            "weight": replace(w, scale=1).vectors(),
+            "bias": w.per_class(),
+            "basis": w.basis(),
+        },
+        samples="nothing",
+        tolerance=1e-6,
+    ),
+    "neural_collapse.known_measures": Case(lambda w: ()),
+    "prompt_gram.gram_norm": F32(lambda w: (w.matrices(),), degree=2, gradient=True, step=1e-3),
+    "prompt_gram.gram_ratio": F32(lambda w: _grams(w)[:2]),
+    "prompt_gram.gram_discrepancy": F32(_grams),
+    "prompt_gram.gram_consistency_loss": F32(_grams),
+    "prompt_gram.exact_dtype": Case(lambda w: (cpu,)),
+    "regression_collapse.target_covariance": Case(
+        lambda w: (w.outputs(),), degree=2, samples="nothing", gradient=True, definition=slow.target_covariance
+    ),
+    "regression_collapse.nrc1": Case(lambda w: (w.features(), 1), degree=0, samples="nothing"),
+    "regression_collapse.nrc2": Case(lambda w: (w.features(), w.vectors()), degree=0, samples="nothing"),
+    "regression_collapse.nrc3": Case(lambda w: (w.vectors(), w.covariance(), 0.0), degree=0),
+    "regression_collapse.nrc3_best_gamma": Case(lambda w: (w.vectors(), w.covariance())),
+    "regression_collapse.nrc3_gamma_from_traces": Case(lambda w: (w.vectors(), w.covariance())),
+    "regression_collapse.regression_optimum": Case(lambda w: (w.outputs(), *_decays(w))),
+    "regression_collapse.explained_variance_ratio": Case(lambda w: (w.features(), 3), degree=0, samples="nothing"),
+    "regression_collapse.two_neighbor_dimension": Case(
+        lambda w: (w.features(),), degree=0, samples="nothing", gradient=True, definition=slow.two_neighbor_dimension
+    ),
+    "reliance.accuracy": Case(lambda w: (w.logits(), w.targets()), samples="nothing"),
+    "reliance.binary_auc": Case(
+        lambda w: (w.scores(), w.targets() % 2), degree=0, samples="nothing", definition=slow.binary_auc
+    ),
+    "reliance.permuted_block": F32(lambda w: (w.features(), _block(w), torch.arange(w.num_samples).flip(0)), degree=1),
+    "reliance.block_randomized": Case(
+        lambda w: (lambda x: x, w.logits(), w.targets(), torch.arange(w.num_classes) < 1)
+    ),
+    "reliance.feature_reliance": Case(lambda w: (w.targets("a"), w.targets("b"), w.num_classes), samples="nothing"),
+    "reliance.shortcut_bias": Case(lambda w: (w.targets("a"), w.targets("b"), w.targets("c"), w.num_classes)),
+    "reliance.slow_feature_accuracy": Case(lambda w: (w.targets("a"), w.targets(), w.mask()), samples="nothing"),
+    "reliance.selection_quality": Case(lambda w: (w.mask("a"), w.mask("b")), samples="nothing"),
+    "separating_epoch.separating_epoch": Case(_curve),
+    "separating_epoch.knee_reached": Case(_curve),
+    "simplex.simplex_prototypes": Case(lambda w: (w.num_classes, w.num_features)),
+    "simplex.sparse_simplex_prototypes": Case(lambda w: (w.num_classes, w.num_features, 0.1)),
+    "simplex.prototype_cosines": F32(
+        lambda w: (w.features(), replace(w, scale=1).vectors()),
+        degree=0,
+        scales=(-20, 100),
+        samples="along",
+        gradient=True,
+    ),
+    "simplex.directions": F32(lambda w: (w.features(),), degree=0, scales=(-20, 100), samples="along", gradient=True),
+    "simplicity.two_means": F32(_features, degree=(0, 2), tolerance=1e-6),
+    "simplicity.slow_examples": F32(
+        lambda w: (w.features(), w.losses(), w.targets(), w.num_classes), degree=0, tolerance=1e-6
+    ),
+    "simplicity.useful_indices": F32(lambda w: (w.features(), w.losses(), w.targets()), degree=0),
+    "transfer.few_shot_error": Case(lambda w: (*_features(w)[:2], 1, 3), _generator, degree=0),
+    "transfer.few_shot_error_bound": Case(lambda w: (w.totals(), 5), degree=0, samples="nothing", gradient=True),
+}
