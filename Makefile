@@ -24,7 +24,7 @@ docs-test: $(READY)
 	$(BIN)/python -m pytest tests/test_readmes.py
 
 bench: $(READY)
-	for file in benchmarks/*.py; do $(BIN)/python $$file || exit 1; done
+	$(BIN)/python benchmarks
 
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

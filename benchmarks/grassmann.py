@@ -177,7 +177,12 @@ def share_of_training(device: str, batch_size: int = 16) -> tuple[float, float, 
         torch.nn.functional.cross_entropy(networks[name][0](images), targets).backward()
 
     backward("linear")
-    steps = {"whole": lambda: (backward("subspaces"), networks["subspaces"][1].step())}
+
+    def whole() -> None:
+        backward("subspaces")
+        networks["subspaces"][1].step()
+
+    steps: dict[str, Step] = {"whole": whole}
     steps |= {name: optimizer.step for name, (_, optimizer) in networks.items()}
     taken = timings(steps, device, rounds=5)
     return taken["whole"], taken["subspaces"], taken["linear"]

@@ -98,7 +98,7 @@ def bare_pass(trainer: Trainer, module: Network) -> None:
 def by_definition(trainer: Trainer, module: Network) -> None:
     """NC1 and NC4 by separate passes over the data."""
     module.eval()
-    network = module.network
+    network: Any = module.network
     num_classes, width = network.num_classes, network.num_features
 
     def features(images: Tensor) -> Tensor:
@@ -123,7 +123,7 @@ def by_definition(trainer: Trainer, module: Network) -> None:
 
 
 def _in_order(trainer: Trainer) -> DataLoader[Any]:
-    loader = trainer.train_dataloader
+    loader: Any = trainer.train_dataloader
     return DataLoader(loader.dataset, loader.batch_size)
 
 

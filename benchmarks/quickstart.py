@@ -48,7 +48,11 @@ def main() -> None:
     arguments = parser.parse_args()
     turns = 1 if arguments.moment else arguments.turns
     runs = {}
-    for name, kinds in {"linear": NeuralCollapseMonitor, "subspaces": (GrassmannHead, NeuralCollapseMonitor)}.items():
+    kept_by: dict[str, tuple[type[Callback], ...]] = {
+        "linear": (NeuralCollapseMonitor,),
+        "subspaces": (GrassmannHead, NeuralCollapseMonitor),
+    }
+    for name, kinds in kept_by.items():
         cli = LightningCLI(args=["--config", find_recipe("quickstart")], run=False, save_config_callback=None)
         callbacks: list[Callback] = cli.trainer.callbacks  # type: ignore[attr-defined]
         kept = [copy.deepcopy(callback) for callback in callbacks if isinstance(callback, kinds)]

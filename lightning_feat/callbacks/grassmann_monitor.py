@@ -36,8 +36,8 @@ class GrassmannMonitor(Callback):
     ``r2``, the separation of the classes; ``functional.class_separation`` defines them. ``mode="online"`` sums the
     training batches of a chosen epoch as they pass; the variability is then that of the pairs inside each batch, and
     the weights move meanwhile; where a run resumes in the middle of an epoch, that epoch shows the batches since then
-    alone, as the sums are in no checkpoint. ``mode="exact"`` runs the network over the data at the end of the epoch, in eval mode,
-    each sample once over all processes, and leaves no trace.
+    alone, as the sums are in no checkpoint. ``mode="exact"`` runs the network over the data at the end of the epoch, in
+    eval mode, each sample once over all processes, and leaves no trace.
 
     Cost: between chosen epochs nothing. In one, ``max_pairs`` pairs of subspaces; online, for each batch of B samples,
     ``B^2 D`` products in float64. The start of the subspaces is part of every checkpoint: as large as the basis.
@@ -96,6 +96,7 @@ class GrassmannMonitor(Callback):
         self._tap: FeatureTap | None = None
         self._listens, self._head_reports, self._label, self._folder = False, False, "", ""
         self._failed = False  # to draw, which is said once
+        self._heard = torch.zeros(())  # samples of this epoch
         self._r2: ClassSeparation | None = None
         self._variability: WithinClassVariability | None = None
 
@@ -130,6 +131,7 @@ class GrassmannMonitor(Callback):
             sync_on_compute=self.mode == "online",  # the exact mode gathers samples instead
         ).to(pl_module.device)
         self._listens = self._failed = False
+        self._heard = torch.zeros(())
         self.nonfinite.reset()
         self._head_reports = any(
             isinstance(other, GrassmannHead) and other.head(pl_module) is head for other in callbacks_of(trainer)
@@ -144,6 +146,7 @@ class GrassmannMonitor(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._listens = self.mode == "online" and self._is_due(trainer)
+        self._heard = torch.zeros(())
         for metric in self._metrics():
             metric.reset()
 
@@ -194,8 +197,7 @@ class GrassmannMonitor(Callback):
         if self._r2 is not None and self._variability is not None and (self.mode == "exact" or self._listens):
             suffix = "_val" if self.data == "val" else ""
             self._log(pl_module, "r2", self._r2.compute(), suffix)
-            lost, used = self._over_processes(trainer, self._r2)
-            self.nonfinite.check(trainer, self._label, lost, lost + used)
+            self.nonfinite.check(trainer, self._label, *self._lost(trainer, self._r2.nonfinite))
             self._log(pl_module, "variability", self._variability.compute(), suffix)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -256,11 +258,13 @@ class GrassmannMonitor(Callback):
         where = f"the targets for layer {self._label}"
         targets = class_indices(targets_of(batch, self.target_key), len(features), where, self.pooling != "tokens")
         targets = targets.to(features.device)
-        return features, targets, targets != self.ignore_index
+        keep = targets != self.ignore_index
+        self._heard = self._heard.to(keep.device) + keep.sum()
+        return features, targets, keep
 
-    def _over_processes(self, trainer: Trainer, r2: ClassSeparation) -> tuple[float, float]:
-        """Samples that were left out, and those that were used."""
-        numbers = torch.stack([r2.nonfinite, r2.counts.sum()])
+    def _lost(self, trainer: Trainer, lost: Tensor) -> tuple[float, float]:
+        """Over all processes, samples that were left out, and all that were heard."""
+        numbers = torch.stack([lost, self._heard.to(lost)])
         if trainer.world_size > 1:
             numbers = trainer.strategy.reduce(numbers, reduce_op="sum")  # type: ignore[assignment]
         return float(numbers[0]), float(numbers[1])

@@ -142,7 +142,8 @@ class LinearProbe(Callback):
         if len(train[1].unique()) < 2 or not len(val[1]) or not len(test[1]) or not train[0].shape[1]:
             rank_zero_warn(
                 f"{self.state_key}: {len(train[1].unique())} classes and {train[0].shape[1]} features to fit, "
-                f"{len(val[1])} samples to choose the penalty on, {len(test[1])} to test on: too few; the accuracy is nan."
+                f"{len(val[1])} samples to choose the penalty on, {len(test[1])} to test on: too few; the accuracy is "
+                "nan."
             )
             return torch.tensor(torch.nan)
         self.result = linear_probe(*train, *val, *test, scaling=self.scaling, penalties=self.penalties)

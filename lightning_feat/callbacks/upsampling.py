@@ -59,7 +59,7 @@ class SimplicityBiasUpsampler(DataPlan):
     Args:
         separating_epoch: when to choose: a share of ``max_epochs``, at least one epoch; a number of epochs; or
             ``"knee"``, the epoch from which the loss on the training batches falls more slowly
-            (``functional.separating_epoch``).
+            (``functional.separating_epoch``); of an epoch that is resumed in its middle, the batches since then.
         factor: how often a slow example is shown; the paper finds 2 best.
         restart: start again (the paper), or go on from the separating epoch.
         choose: ``"clusters"``; or, for comparison, as many of each class by the highest ``"loss"`` or at ``"random"``,
