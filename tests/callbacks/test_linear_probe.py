@@ -139,7 +139,8 @@ def test_a_diverged_run_goes_on_with_nan(tmp_path):
             self.net.body[0].weight.data.fill_(torch.nan)
 
     probe = LinearProbe(every_n_epochs=1)
-    with pytest.warns(UserWarning, match=r"100.0% of the features of layer .* in epoch 1 were NaN or inf; the accuracy is nan"):
+    said = r"100.0% of the features of layer .* in epoch 1 were NaN or inf; the accuracy is nan"
+    with pytest.warns(UserWarning, match=said):
         run = fit(tmp_path, seeded(Diverges), probe, max_epochs=3)
     assert run.current_epoch == 3
     assert run.callback_metrics["linear_probe/accuracy/penultimate"].isnan()

@@ -1,0 +1,9 @@
+import pytest
+from faults.stage import Stage
+
+
+@pytest.fixture(scope="session")
+def stage():
+    stage = Stage()
+    yield stage
+    stage.close()
