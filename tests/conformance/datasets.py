@@ -1,0 +1,76 @@
+"""The data of the matrix: 32 points to train on and 16 to validate on, in batches of any form."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from conformance.modules import NUM_CLASSES, Habits
+from torch import Tensor
+from torch.nn.functional import one_hot
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+SAMPLES, BATCH = 32, 8
+
+
+@dataclass
+class Example:
+    x: Tensor
+    target: Tensor
+
+
+class Points(Dataset):
+    """Pairs of a point in four dimensions and what ``habits`` say of its target."""
+
+    def __init__(self, habits: Habits, n: int = SAMPLES, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.x = torch.randn(n, 4, generator=generator)
+        classes = torch.arange(n) % NUM_CLASSES
+        self.x += 0.5 * one_hot(classes, 4)  # there is something to learn
+        if habits.task == "regression":
+            self.y = self.x[:, :2] + 0.1 * torch.randn(n, 2, generator=generator)
+        else:
+            self.y = 0.8 * one_hot(classes, NUM_CLASSES) + 0.2 / NUM_CLASSES if habits.soft else classes
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.x[index], self.y[index]
+
+
+class Stream(IterableDataset):
+    def __init__(self, points: Points) -> None:
+        self.points = points
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return (self.points[i] for i in range(len(self.points)))
+
+
+class Collate:
+    """Examples as a batch of the given form. An object, because a worker process must be able to unpickle it."""
+
+    def __init__(self, form: str) -> None:
+        self.form = form
+
+    def __call__(self, examples: list[tuple[Tensor, Tensor]]) -> Any:
+        x, y = (torch.stack(column) for column in zip(*examples, strict=True))
+        forms = {"tuple": (x, y), "list": [x, y], "dict": {"image": x, "label": y}, "dataclass": Example(x, y)}
+        return forms[self.form]
+
+
+def loader(habits: Habits, part: str, stream: bool = False) -> DataLoader:
+    """The loader of a part, ``"train"`` or ``"val"``; training data are shuffled by the global random numbers."""
+    points = points_of(habits, part)
+    data: Any = Stream(points) if stream else points
+    shuffle = part == "train" and not stream
+    return DataLoader(data, batch_size=BATCH, shuffle=shuffle, collate_fn=Collate(habits.batch))
+
+
+def points_of(habits: Habits, part: str) -> Points:
+    return Points(habits) if part == "train" else Points(habits, n=SAMPLES // 2, seed=1)
+
+
+def tensors(habits: Habits) -> dict[str, tuple[Tensor, Tensor]]:
+    """Inputs and targets of both parts."""
+    return {part: (points.x, points.y) for part in ("train", "val") for points in [points_of(habits, part)]}

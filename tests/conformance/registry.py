@@ -1,0 +1,301 @@
+"""The callbacks of the matrix. A new one joins with one entry here.
+
+An entry says how the callback is made, what its author would have written instead, what it should log, and which
+conditions it refuses (by a part of the message) or cannot meet (with the reason). All else must come out equal.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from conformance import expected, methods
+from conformance.expected import Values
+from conformance.methods import Method
+from torch import Tensor
+
+from lightning_feat import callbacks as ours
+from lightning_feat.callbacks import CollapseThreshold
+
+Kind = Literal["monitor", "regularizer", "head", "data", "plotter"]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A function that the callback runs, by its dotted path, fails in its n-th call: at the end of the second batch or
+    of an epoch (from 0), in the loss or after the optimizer step of the second batch.
+    """
+
+    path: str
+    place: Literal["batch end", "epoch end", "loss", "step"]
+    call: int = 2
+    epoch: int = 0
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row of callbacks under test.
+
+    Args:
+        name: in the table, and the class unless ``makes`` says otherwise.
+        kind: what sort of callback it is; conditions ask for it.
+        arguments: of the constructor, as LightningCLI reads them from YAML; a function by itself.
+        written: the methods that its author would write into the module; none for a monitor.
+        values: what it should have logged, from the written side.
+        task: what the module learns.
+        epochs: of a run, where the course does not say.
+        makes: class name, where the entry has a name of its own.
+        beside: entries whose callbacks come first; their methods and values are added.
+        refuses: condition to a part of the message.
+        lacks: condition to the reason for which there is nothing to be compared.
+        faults: condition to what is known to go wrong; the cell must fail until it is mended.
+        naming: the argument that names the classifier, for callbacks that replace it.
+        own: parameters of the callback, for those that have some.
+        failure: where memory may run out inside the callback; None where it runs nothing of its own in the loop.
+        resumes_exactly: in the middle of an epoch a resumed run sees what the undisturbed run would have seen.
+    """
+
+    name: str
+    kind: Kind
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    written: Sequence[type[Method]] = ()
+    values: Callable[[Any], Values] = expected.nothing
+    task: Literal["classes", "regression"] = "classes"
+    epochs: int = 2
+    makes: str = ""
+    beside: Sequence["Entry"] = ()
+    refuses: Mapping[str, str] = field(default_factory=dict)
+    lacks: Mapping[str, str] = field(default_factory=dict)
+    faults: Mapping[str, str] = field(default_factory=dict)
+    naming: Mapping[str, str] = field(default_factory=dict)
+    own: Callable[[Any], list[Tensor]] = lambda callback: []
+    failure: Failure | None = None
+    resumes_exactly: bool = False
+
+    def __str__(self) -> str:
+        return self.name
+
+    def family(self) -> list["Entry"]:
+        """This entry and those beside it, in the order of the Trainer's callbacks."""
+        members = [*(member for other in self.beside for member in other.family()), self]
+        return list({member.name: member for member in members}.values())
+
+    def build(self, named: bool = False) -> Any:
+        """The callback of this entry alone."""
+        return self.cls(**self.arguments, **(self.naming if named else {}))
+
+    @property
+    def cls(self) -> type:
+        return getattr(ours, self.makes or self.name)
+
+    def methods(self) -> list[Method]:
+        return [method() for member in self.family() for method in member.written]
+
+
+ONE_LOADER = "needs one DataLoader over a map-style data set"
+INTEGERS = "are soft labels of shape .* target_key"
+EXACT = {"several validation loaders": ONE_LOADER, "iterable data set": ONE_LOADER}
+FLOATING_FIRST = "a batch must begin with a floating tensor"
+TERM = {"bare loss.backward()": "LossTermsMixin"}
+NO_FSDP2 = dict.fromkeys(("FSDP2", "FSDP2, classifier named"), "use DDP")
+HEAD = {"plain checkpoint to suite": "fresh_head=True", "FSDP2": "name it .argument `layer`."}
+OTHER_HEAD = "the head is another layer: build the module with it"
+LEAVES_HEAD = {"suite checkpoint to plain": OTHER_HEAD, "load_from_checkpoint of the plain class": OTHER_HEAD}
+
+OTHER_NAME = "ValueError('Expected a parent'), for want of pytorch_lightning's LightningModule in is_overridden"
+LATE = "refused as it should be, but only at the end of an epoch"
+
+GRASSMANN = Entry(
+    "GrassmannHead",
+    "head",
+    {"subspace_dim": 2},
+    naming={"layer": "net.fc"},
+    written=[methods.Grassmann],
+    values=expected.head_angles,
+    refuses=HEAD,
+    lacks=LEAVES_HEAD,
+    faults={"pytorch_lightning": OTHER_NAME},
+    failure=Failure("lightning_feat.optim.grassmann.geodesic_", "step"),
+)
+SIMPLEX = Entry(
+    "SimplexETFHead",
+    "head",
+    naming={"layer": "net.fc"},
+    written=[methods.Simplex],
+    refuses=HEAD,
+    lacks=LEAVES_HEAD,
+    faults={"pytorch_lightning": OTHER_NAME},
+)
+EXACT_MONITOR = Entry(
+    "NeuralCollapseMonitor (exact)",
+    "monitor",
+    {"mode": "exact"},
+    makes="NeuralCollapseMonitor",
+    values=expected.collapse_exact,
+    refuses={"iterable data set": ONE_LOADER},
+    failure=Failure("lightning_feat.metrics.neural_collapse.NeuralCollapse.update", "epoch end"),
+)
+
+CALLBACKS = [
+    GRASSMANN,
+    SIMPLEX,
+    Entry(
+        "DotRegressionRegularizer",
+        "regularizer",
+        written=[methods.DotRegression],
+        values=expected.terms,
+        beside=[SIMPLEX],
+        refuses={**HEAD, **TERM},
+        lacks=LEAVES_HEAD,
+        faults={
+            "pytorch_lightning": OTHER_NAME,
+            "bare loss.backward()": "torch's own error comes first, as the loss is detached; it names no mixin",
+            "FSDP2, classifier named": "trains otherwise, silently: FSDP2 misses the backward of detached logits",
+        },
+        failure=Failure("lightning_feat.callbacks.simplex.dot_regression", "loss"),
+    ),
+    Entry(
+        "FeatureRegularizer",
+        "regularizer",
+        {"loss": methods.spread, "name": "spread", "weight": methods.SPREAD_WEIGHT},
+        written=[methods.Spread],
+        values=expected.terms,
+        refuses={**TERM, "soft labels": INTEGERS},
+        failure=Failure("lightning_feat.loss_terms.FeatureLossTerm.value", "loss"),
+    ),
+    Entry(
+        "NeuralCollapseRegularizer",
+        "regularizer",
+        {"pull_weight": methods.PULL_WEIGHT},
+        written=[methods.CollapseLosses],
+        values=expected.terms,
+        refuses={**TERM, "soft labels": INTEGERS},
+        faults={
+            "pytorch_lightning": OTHER_NAME,
+            "deepcopy and pickling": "training_step of a deep copy raises: the pull asks for its trainer",
+        },
+        own=lambda callback: [callback.means],
+        failure=Failure("lightning_feat.callbacks.collapse_regularizer.within_class_pull", "loss"),
+    ),
+    Entry(
+        "NeuralCollapseMonitor (online)",
+        "monitor",
+        makes="NeuralCollapseMonitor",
+        values=expected.collapse_online,
+        failure=Failure("lightning_feat.metrics.neural_collapse.NeuralCollapse.update", "batch end"),
+    ),
+    EXACT_MONITOR,
+    Entry(
+        "CollapseThreshold",
+        "monitor",
+        {"thresholds": [CollapseThreshold("cdnv", 1e9, action="stop", from_epoch=2)]},
+        epochs=3,
+        written=[methods.Stop],
+        makes="NeuralCollapseMonitor",
+        values=expected.collapse_online,
+        failure=Failure("lightning_feat.callbacks.collapse_thresholds.ThresholdWatch.check", "epoch end", call=1),
+    ),
+    Entry(
+        "GrassmannMonitor",
+        "monitor",
+        values=expected.subspaces,
+        beside=[GRASSMANN],
+        refuses={**HEAD, "soft labels": INTEGERS},
+        lacks=LEAVES_HEAD,
+        faults={"pytorch_lightning": OTHER_NAME},
+        failure=Failure("lightning_feat.metrics.class_separation.WithinClassVariability.update", "batch end"),
+    ),
+    Entry(
+        "MixupGeometryMonitor",
+        "monitor",
+        {"num_pairs": 16},
+        values=expected.calibration,
+        refuses={
+            "several validation loaders": ONE_LOADER,
+            "soft labels": INTEGERS,
+            "batches as dict": FLOATING_FIRST,
+            "batches as dataclass": FLOATING_FIRST,
+        },
+        faults=dict.fromkeys(("soft labels", "batches as dict", "batches as dataclass"), LATE),
+        failure=Failure("lightning_feat.callbacks.mixup_geometry.mix_sums", "epoch end"),
+    ),
+    Entry(
+        "RegressionCollapseMonitor",
+        "monitor",
+        values=expected.regression,
+        task="regression",
+        refuses={"iterable data set": ONE_LOADER},
+        lacks={"soft labels": "regression has none"},
+        faults={"iterable data set": LATE},
+        failure=Failure("lightning_feat.callbacks.regression_collapse.nrc1", "epoch end", call=1),
+    ),
+    Entry(
+        "LinearProbe",
+        "monitor",
+        {"penalties": [0.01, 0.1], "every_n_epochs": 1},
+        values=expected.probe,
+        refuses={**EXACT, "soft labels": INTEGERS},
+        faults={"soft labels": f"{LATE}, the last"},
+        failure=Failure("lightning_feat.callbacks.linear_probe.linear_probe", "epoch end", call=1),
+    ),
+    Entry(
+        "DataPlan",
+        "data",
+        {"plan": methods.plan},
+        written=[methods.Plan],
+        refuses={"iterable data set": "a sampler needs a DataLoader over a map-style data set"},
+        faults={
+            "LightningCLI": "jsonargparse refuses a function as plan, unless it is annotated to return Tensor alone"
+        },
+        failure=Failure("lightning_feat.callbacks.data_plan.make_train_loader_anew", "epoch end", call=1),
+        resumes_exactly=True,
+    ),
+    Entry(
+        "SimplicityBiasUpsampler",
+        "data",
+        {"separating_epoch": 1, "restart": False, "length": "keep"},
+        written=[methods.Upsample],
+        refuses={"iterable data set": "map-style data set", "soft labels": INTEGERS},
+        lacks={"plain checkpoint to suite": "the plain run has passed the epoch at which examples are chosen"},
+        faults={
+            "soft labels": LATE,
+        },
+        failure=Failure("lightning_feat.callbacks.slow_pass.slow_examples", "epoch end", call=1),
+        resumes_exactly=True,
+    ),
+    Entry(
+        "FeatureShiftMonitor",
+        "monitor",
+        refuses=NO_FSDP2,
+        failure=Failure("lightning_feat.callbacks.feature_shift.shift_sums", "batch end"),
+    ),
+    Entry(
+        "FeatureShiftRegularizer",
+        "regularizer",
+        {"form": "l2_sp", "weight": 0.1},
+        written=[methods.StartingPoint],
+        values=expected.terms,
+        refuses={**TERM, **NO_FSDP2},
+        failure=Failure("lightning_feat.callbacks.feature_shift_regularizer.l2_sp", "loss", call=3),
+    ),
+    Entry("CurvePlotter", "plotter", {"filename": "curves.svg"}),
+    Entry("SummaryTable", "plotter"),
+]
+
+
+def company(entry: Entry) -> Entry:
+    """An entry with everything that can go with it, of every method of the library; a regression goes alone.
+
+    There is one company for each head. Monitors of neural collapse log under one name, so each has one of them; that
+    with a threshold is the online one.
+    """
+    if entry.task == "regression":
+        return entry
+    by_name = {member.name: member for member in CALLBACKS}
+    simplex = ["SimplexETFHead", "DotRegressionRegularizer", "MixupGeometryMonitor", "CollapseThreshold"]
+    grassmann = ["GrassmannHead", "GrassmannMonitor", "NeuralCollapseMonitor (exact)"]
+    heads = simplex if entry.name in [*simplex, "NeuralCollapseMonitor (online)"] else grassmann
+    others = ["FeatureRegularizer", "NeuralCollapseRegularizer", "LinearProbe", "DataPlan", "CurvePlotter"]
+    members = [by_name[name] for name in [*heads, *others]]
+    last = by_name["SummaryTable"]
+    epochs = max(member.epochs for member in members)
+    return replace(last, name=f"{heads[0]} with all others", makes=last.name, epochs=epochs, beside=members)

@@ -1,0 +1,115 @@
+"""The table in ``docs/compatibility.md``: written from the outcomes of a whole run, and read by each later cell."""
+
+import os
+import platform
+from collections.abc import Iterable
+from pathlib import Path
+
+import lightning
+import torch
+import torchmetrics
+from conformance.cells import Outcome
+from conformance.conditions import CONDITIONS, Condition
+from conformance.registry import CALLBACKS, Entry
+
+FILE = Path(__file__).parents[2] / "docs" / "compatibility.md"
+WRITING = os.environ.get("WRITE_COMPATIBILITY") == "1"
+SIGNS = {"equal": "=", "near": "~", "refused": "R", "not applicable": "-", "fault": "X"}
+
+Cells = dict[tuple[str, str], Outcome]  # by condition and callback
+FOUND: Cells = {}
+
+
+def sign(outcome: Outcome) -> str:
+    return SIGNS["near" if outcome.word == "equal" and outcome.detail else outcome.word]
+
+
+def check(entry: Entry, condition: Condition, outcome: Outcome) -> None:
+    """Take the outcome down; and unless the table is being written, it must say the same."""
+    FOUND[condition.name, entry.name] = outcome
+    if not WRITING:
+        said = committed().get((condition.name, entry.name), "nothing")
+        assert said == sign(outcome), (
+            f"docs/compatibility.md says {said!r} of {entry} under {condition}, but it is {sign(outcome)!r}: "
+            f"{outcome.word} {outcome.detail}. If that is as it should be, write the page anew; its head says how."
+        )
+
+
+def committed() -> dict[tuple[str, str], str]:
+    """The signs in the file."""
+    signs: dict[tuple[str, str], str] = {}
+    names: list[str] = []
+    for line in FILE.read_text().splitlines() if FILE.exists() else []:
+        cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
+        if line.startswith("| |"):
+            names = [LETTERS[letter] for letter in cells[1:]]
+        elif line.startswith("| ") and len(cells) == len(names) + 1:
+            signs |= {(cells[0], name): cell for name, cell in zip(names, cells[1:], strict=True)}
+    return signs
+
+
+LETTERS = {chr(ord("A") + i): entry.name for i, entry in enumerate(CALLBACKS)}
+
+
+def missing() -> list[str]:
+    """Cells without an outcome."""
+    pairs = [(condition.name, entry.name) for condition in CONDITIONS for entry in CALLBACKS]
+    return [f"{entry}, {condition}" for condition, entry in pairs if (condition, entry) not in FOUND]
+
+
+def render(cells: Cells) -> str:
+    """The whole page."""
+    return "\n".join([*_head(), *_tables(cells), *_lists(cells)]) + "\n"
+
+
+HEAD = """# Compatibility
+
+Each callback under each condition, as `tests/conformance` found it. This page is written by that run
+(`WRITE_COMPATIBILITY=1 python -m pytest tests/conformance`), and every later run holds its cells against it.
+
+- `=`: the final weights, buffers and own parameters are equal bit for bit to those of the same module with the method
+  written in by hand, under the same Trainer; for a monitor, to those without it. What is logged is what was computed by
+  hand, and no patch is left on the module.
+- `~`: the same to 1e-4, relative and absolute, in float32: where subspaces are moved by another formula than by hand
+  and the network follows them, where a distance of weights is added up in another order, and where the gradients of
+  many terms are.
+- `R`: refused by an error in the first batch, which says what to do instead; the module is left as it was.
+- `-`: not applicable, for the reason below.
+- `X`: goes wrong, and is known to.
+"""
+
+
+def _head() -> Iterable[str]:
+    yield HEAD
+    yield (
+        f"Versions: torch {torch.__version__.split('+')[0]}, lightning {lightning.__version__}, torchmetrics "
+        f"{torchmetrics.__version__}, Python {platform.python_version()}, on a CPU, processes by gloo.\n"
+    )
+    for letter, entry in zip(LETTERS, CALLBACKS, strict=True):
+        beside = f", beside {entry.beside[0].name}" if entry.beside else ""
+        yield f"- {letter}: `{entry.name}` ({entry.kind}{beside})"
+
+
+def _tables(cells: Cells) -> Iterable[str]:
+    for group in dict.fromkeys(condition.group for condition in CONDITIONS):
+        yield f"\n## {group}\n"
+        yield f"| | {' | '.join(LETTERS)} |"
+        yield "|---" * (len(CALLBACKS) + 1) + "|"
+        for condition in [condition for condition in CONDITIONS if condition.group == group]:
+            signs = [sign(cells[condition.name, entry.name]) for entry in CALLBACKS]
+            yield f"| {condition.name} | {' | '.join(signs)} |"
+
+
+def _lists(cells: Cells) -> Iterable[str]:
+    for word, title in (("refused", "Refused"), ("not applicable", "Not applicable"), ("fault", "Known faults")):
+        lines: dict[tuple[str, str], list[str]] = {}
+        for (condition, name), outcome in cells.items():
+            if outcome.word == word:
+                letter = next(letter for letter, entry in LETTERS.items() if entry == name)
+                said = outcome.detail if len(outcome.detail) < 300 else f"{outcome.detail[:300].rsplit(' ', 1)[0]} ..."
+                lines.setdefault((condition, said), []).append(letter)
+        if lines:
+            yield f"\n## {title}\n"
+            order = [condition.name for condition in CONDITIONS]
+            for (condition, said), letters in sorted(lines.items(), key=lambda item: order.index(item[0][0])):
+                yield f"- {condition}, {', '.join(sorted(letters))}: {said}"

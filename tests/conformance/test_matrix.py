@@ -1,0 +1,63 @@
+"""Every callback under every condition: equal to the loop that its author would write, or refused at once.
+
+The short half belongs to the default run; the rest is slow. ``docs/compatibility.md`` shows what comes out.
+"""
+
+import pytest
+from conformance import table
+from conformance.cells import Outcome, outcome
+from conformance.conditions import CONDITIONS
+from conformance.registry import CALLBACKS
+from lightning.pytorch import Callback
+
+from lightning_feat import callbacks
+
+BASES = {"MetricHistory", "Regularizer"}  # made to be derived from
+ELSEWHERE = {"PromptLearner"}  # works on a CLIP, and has the tests of one
+
+
+def cells(where):
+    for entry in CALLBACKS:
+        for condition in CONDITIONS:
+            if condition.where == where:
+                marks = [] if condition.quick else [pytest.mark.slow]
+                fault = entry.faults.get(condition.name)
+                if fault:
+                    marks.append(pytest.mark.xfail(reason=fault, strict=True))
+                if not condition.available:
+                    marks.append(pytest.mark.skip(reason="not installed"))
+                yield pytest.param(entry, condition, marks=marks, id=f"{entry}, {condition}")
+
+
+def note_fault(entry, condition):
+    if condition.name in entry.faults:
+        table.check(entry, condition, Outcome("fault", entry.faults[condition.name]))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("entry", "condition"), cells("here"))
+def test_cell(entry, condition, tmp_path):
+    note_fault(entry, condition)
+    table.check(entry, condition, outcome(entry, condition, tmp_path))
+
+
+@pytest.mark.parametrize(("entry", "condition"), cells("pair"))
+def test_cell_of_two_processes(entry, condition, pair):
+    note_fault(entry, condition)
+    for found in pair:
+        word, detail = found.get(f"{entry}, {condition}", ["raised", "the cell was not reached"])
+        assert word != "raised", detail
+    table.check(entry, condition, Outcome(word, detail))
+
+
+def test_every_public_callback_is_here():
+    public = {name for name in callbacks.__all__ if isinstance(getattr(callbacks, name), type)}
+    public = {name for name in public if issubclass(getattr(callbacks, name), Callback)}
+    assert public - BASES - ELSEWHERE == {entry.cls.__name__ for entry in CALLBACKS}
+
+
+def test_the_table_has_exactly_the_cells_of_the_matrix():
+    if not table.WRITING:
+        assert table.committed().keys() == {
+            (condition.name, entry.name) for condition in CONDITIONS for entry in CALLBACKS
+        }
