@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: quickstart test test-all lint docs-test bench clean
+.PHONY: quickstart test test-all conformance lint docs-test bench clean
 
 quickstart: $(READY)
 	$(BIN)/lightning-feat fit --config recipes/quickstart.yaml
@@ -13,6 +13,9 @@ test: $(READY)
 
 test-all: $(READY)
 	$(BIN)/python -m pytest
+
+conformance: $(READY)
+	$(BIN)/python -m pytest tests/conformance
 
 lint: $(READY)
 	$(BIN)/ruff check .

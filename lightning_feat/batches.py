@@ -8,7 +8,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-TargetKey: TypeAlias = int | str | Callable[[Any], Tensor] | None
+# A function before a string: jsonargparse takes the first that fits.
+TargetKey: TypeAlias = int | Callable[[Any], Tensor] | str | None
 
 _TARGET_NAMES = ("label", "labels", "target", "targets", "y")
 

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.optim import Optimizer
 
 from lightning_feat.heads import find_classifier, replace_layer
 from lightning_feat.taps import find_layer
+from lightning_feat.wraps import overrides
 
 _REPLACED = "_feat_replaced"  # on a new head, until optimizers are configured: the parameters it stands for
 
@@ -49,7 +49,7 @@ class HeadSwap:
 
     def swap_early(self, module: LightningModule) -> None:
         """Replace the classifier if it is there for certain."""
-        if any(is_overridden(hook, module) for hook in ("setup", "configure_model")):
+        if any(overrides(module, hook) for hook in ("setup", "configure_model")):
             names = {name for name, _ in module.named_modules()}
             if self.layer is None or self.layer not in names:
                 return

@@ -60,7 +60,7 @@ def clean_loader(trainer: Trainer, loader: Any, name: str) -> DataLoader[Any]:
         what = type(loader).__name__ if not isinstance(loader, DataLoader) else "a DataLoader over an IterableDataset"
         raise ValueError(
             f"a pass over the {name} data needs one DataLoader over a map-style data set, got {what}: choose the "
-            "online mode, which sees the batches as they pass."
+            "online mode of a monitor that has one, which sees the batches as they pass."
         )
     dataset = _drawn_from(loader, name)
     size = len(dataset) if isinstance(dataset, Sized) else 0

@@ -17,6 +17,7 @@ from types import MethodType
 from typing import Any, Protocol
 
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 _KEY = "_feat_wraps"
 
@@ -66,6 +67,14 @@ def remove_link(module: LightningModule, method: str, key: str) -> None:
         del module.__dict__[method]
         if wrap.displaced is not None:
             module.__dict__[method] = wrap.displaced
+
+
+def overrides(module: LightningModule, hook: str) -> bool:
+    """Whether the class of ``module`` has a ``hook`` of its own; also for modules of ``pytorch_lightning``, whose base
+    class is another than that of ``lightning.pytorch``.
+    """
+    base = next(cls for cls in type(module).__mro__ if cls.__name__ == "LightningModule")
+    return is_overridden(hook, module, parent=base)
 
 
 def _is_wrapped(module: LightningModule, method: str) -> bool:

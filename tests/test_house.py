@@ -19,7 +19,7 @@ BELOW = {  # what of ours each room may import
     "wraps": set(),
     "batches": set(),
     "heads": set(),
-    "head_swap": {"heads", "taps"},
+    "head_swap": {"heads", "taps", "wraps"},
     "own_parameters": set(),
     "taps": {"heads"},
     "labelled_taps": {"batches", "heads", "taps"},

@@ -1,9 +1,9 @@
+import math
 from dataclasses import replace
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from lightning_feat import own_parameters
@@ -25,7 +25,7 @@ from lightning_feat.loss_terms import (
     remove_loss_term,
 )
 from lightning_feat.taps import FeatureTap, Pooling, Read
-from lightning_feat.wraps import add_link, remove_link
+from lightning_feat.wraps import add_link, overrides, remove_link
 
 
 class NeuralCollapseRegularizer(Callback):
@@ -124,7 +124,7 @@ class NeuralCollapseRegularizer(Callback):
         if stage != "fit":
             return
         known = self.num_classes is not None and self.num_features is not None
-        if known or not any(is_overridden(hook, pl_module) for hook in ("setup", "configure_model")):
+        if known or not any(overrides(pl_module, hook) for hook in ("setup", "configure_model")):
             self.bring_in(pl_module)  # early, so that averaging callbacks copy a module with the means
         else:
             add_link(pl_module, "configure_model", self.state_key, _BringIn(self))
@@ -207,8 +207,10 @@ class _Pull(FeatureLossTerm):
         self.means, self.lr_factor = means, lr_factor
 
     def value(self, module: LightningModule, batch: Any) -> Tensor:
-        trainer = module.trainer
-        now = trainer.current_epoch, trainer.fit_loop.batch_idx, trainer.num_training_batches
+        trainer = module._trainer  # None where the step is called by hand, as on a copy
+        now: tuple[int, int, float] = (0, 0, math.inf)
+        if trainer is not None:
+            now = (trainer.current_epoch, trainer.fit_loop.batch_idx, trainer.num_training_batches)
         self.means.step = self.lr_factor / self.weight.at(*now)  # not zero, or it would not be called; below: held back
         return super().value(module, batch)
 

@@ -43,7 +43,7 @@ class DataPlan(Callback):
 
     def __init__(
         self,
-        plan: Callable[[int], Counts | None] | Counts,
+        plan: Callable[..., Any] | Tensor | Sequence[int],
         length: Length = "grow",
         seed: int = 0,
         loader: str | int | None = None,

@@ -111,6 +111,12 @@ class LinearProbe(Callback):
         for name, loader in self._parts(trainer, val_may_be_missing=late).items():
             clean_loader(trainer, loader, name)
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        own = any(loader is not None for loader in self.loaders.values())
+        if batch_idx == 0 and not own:  # what is wrong with the targets is said now
+            targets = targets_of(batch, self.target_key)
+            class_indices(targets, targets.numel(), f"the targets for layer {self.tap.label}")
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._is_due(trainer):
             return

@@ -11,7 +11,7 @@ from lightning_feat.callbacks.collapse_pass import exact_pass
 from lightning_feat.callbacks.collapse_report import CollapseReport
 from lightning_feat.callbacks.collapse_thresholds import CollapseThreshold, ThresholdWatch
 from lightning_feat.callbacks.nonfinite import NonfiniteWatch
-from lightning_feat.callbacks.twins import refuse_twin
+from lightning_feat.callbacks.twins import callbacks_of, refuse_twin
 from lightning_feat.functional.class_sums import GlobalMean
 from lightning_feat.labelled_taps import LabelledTaps
 from lightning_feat.metrics.neural_collapse import NeuralCollapse
@@ -146,8 +146,18 @@ class NeuralCollapseMonitor(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         refuse_twin(trainer, self)
+        for other in callbacks_of(trainer):
+            if isinstance(other, NeuralCollapseMonitor) and other is not self and self._names_as(other):
+                raise ValueError(
+                    f"{self.state_key} and {other.state_key} log the training data under the same names, of which "
+                    "Lightning would take the mean: keep one, or let the exact one measure data='val'."
+                )
         if stage == "fit":
             self.report.start(trainer)
+
+    def _names_as(self, other: "NeuralCollapseMonitor") -> bool:
+        both_train = all(one.mode == "online" or one.data != "val" for one in (self, other))
+        return both_train and bool(set(self.taps.labels) & set(other.taps.labels))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Not in setup: before configure_model the layers may not be there, or be replaced later.

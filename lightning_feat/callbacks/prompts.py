@@ -4,7 +4,6 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from lightning_feat import own_parameters
@@ -14,7 +13,7 @@ from lightning_feat.layers.insertion import Insertion
 from lightning_feat.layers.prompts import Coupling, DeepPrompts, Kind, insert_prompts
 from lightning_feat.layers.surgery import SurgeryBlock, attach_surgery
 from lightning_feat.loss_terms import LossTerm, WeightSchedule, add_loss_term, remove_loss_term
-from lightning_feat.wraps import add_link, remove_link
+from lightning_feat.wraps import add_link, overrides, remove_link
 
 _STRENGTHEN: dict[Kind, float] = {"text": 0.02, "image": 0.005}  # RESTORE's code
 _KEY = "prompts"
@@ -96,7 +95,7 @@ class PromptLearner(Callback):
         refuse_twin(trainer, self)
         refuse_averaging_before(trainer, self)
         self._take_out(pl_module)
-        if is_overridden("configure_model", pl_module):
+        if overrides(pl_module, "configure_model"):
             add_link(pl_module, "configure_model", self.state_key, _BringIn(self, stage))
         else:
             self.bring_in(pl_module, stage)

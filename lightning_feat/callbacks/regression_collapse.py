@@ -71,6 +71,10 @@ class RegressionCollapseMonitor(Callback):
         self.nonfinite.reset()
         self.tap.attach(pl_module)
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.data == "train":  # what is wrong with the data is said now
+            clean_loader(trainer, trainer.train_dataloader, "training")
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         epoch = trainer.current_epoch + 1
         if epoch > 1 and epoch % self.every_n_epochs and not is_last_epoch(trainer):

@@ -12,7 +12,7 @@ from lightning_feat.batches import TargetKey, class_indices, targets_of
 from lightning_feat.callbacks.regularizer import Regularizer
 from lightning_feat.callbacks.twins import refuse_averaging_before, refuse_twin
 from lightning_feat.functional.class_sums import check_target_range
-from lightning_feat.functional.collapse_losses import balanced_lengths, dot_regression
+from lightning_feat.functional.collapse_losses import balanced_lengths, cut_gradient, dot_regression
 from lightning_feat.head_swap import HeadSwap, named_or_found, take_places
 from lightning_feat.layers.simplex import SimplexETF, SparseETF
 from lightning_feat.loss_terms import LossTerm, Weight
@@ -228,7 +228,7 @@ class _TakePlaces:
 
 
 def _without_gradient(head: nn.Module, args: tuple[Any, ...], logits: Tensor) -> Tensor:
-    return logits.detach()
+    return cut_gradient(logits)  # not detached: FSDP2 must see its backward
 
 
 def _build_head(options: dict[str, Any], old: nn.Linear) -> SimplexETF:

@@ -220,6 +220,9 @@ class SimplicityBiasUpsampler(DataPlan):
         self._summed = torch.zeros(2, device=pl_module.device)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 0 and self._stage == "searching":  # what is wrong with the targets is said now
+            targets = targets_of(batch, self.target_key)
+            class_indices(targets, targets.numel(), "the targets")
         if self._seeks_knee:
             self.look.logits.listen()
 

@@ -3,7 +3,7 @@
 Shapes: N samples, D features, C classes.
 """
 
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -129,6 +129,25 @@ def scale_gradient(tensor: Tensor, factor: float) -> Tensor:
     """The same values bit for bit, with ``factor`` times the gradient."""
     fixed = tensor.detach()
     return fixed + factor * (tensor - fixed)
+
+
+def cut_gradient(tensor: Tensor) -> Tensor:
+    """The same values, in the graph, with a gradient of zero whatever comes back: also for infinite or NaN gradients.
+
+    Unlike ``detach`` it leaves a backward pass to those who wait for one, as FSDP2 does.
+    """
+    cut: Tensor = _CutGradient.apply(tensor)  # type: ignore[no-untyped-call]
+    return cut
+
+
+class _CutGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return torch.zeros_like(gradients[0])
 
 
 def _check_pairs(features: Tensor, targets: Tensor, vectors: Tensor) -> None:

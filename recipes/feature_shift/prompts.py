@@ -144,12 +144,15 @@ def interval(differences: Sequence[float]) -> str:
 
 
 def spread(values: Sequence[float], digits: int = 1) -> str:
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.{digits}f} ± {deviation:.{digits}f}"
+    """Mean and deviation; of runs that diverged there is no shift."""
+    known = [value for value in values if math.isfinite(value)]
+    deviation = statistics.stdev(known) if len(known) > 1 else 0.0
+    return f"{statistics.mean(known):.{digits}f} ± {deviation:.{digits}f}"
 
 
 def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
-    """Spearman's."""
+    """Spearman's, of what is finite."""
+    x, y = zip(*[(a, b) for a, b in zip(x, y, strict=True) if math.isfinite(a)], strict=True)
     ranks = [[sorted(v).index(each) + (v.count(each) - 1) / 2 for each in v] for v in (list(x), list(y))]
     return statistics.correlation(*ranks) if min(len(set(rank)) for rank in ranks) > 1 else math.nan
 
@@ -163,6 +166,8 @@ def table(rows: list[dict[str, Any]], start: dict[str, float]) -> str:
     for name, runs in by_method.items():
         cells = [spread([run[key] for run in runs]) for key in ("base", "novel", "harmonic_mean")]
         cells += [spread([run[key] for run in runs], 2) for key in ("text_shift", "image_shift", "discrepancy")]
+        lost = sum(not math.isfinite(run["discrepancy"]) for run in runs)
+        cells[0] += f", {lost} diverged" if lost else ""
         seconds = statistics.median(run["seconds"] for run in runs)
         lines.append(f"| {METHODS[name].title} | {runs[0]['lr']:g} | {' | '.join(cells)} | {seconds:.0f} |")
     lines += ["", "| paired by seed, with 95 % intervals | minus | base | novel | HM |", "|---|---|---|---|---|"]
@@ -174,7 +179,9 @@ def table(rows: list[dict[str, Any]], start: dict[str, float]) -> str:
     every = rank_correlation([row["discrepancy"] for row in rows], [row["novel"] for row in rows])
     lines.append(f"| all methods and seeds | {len(rows)} | {every:+.2f} |")
     means = [
-        (statistics.mean(r["discrepancy"] for r in runs), statistics.mean(r["novel"] for r in runs))
+        tuple(
+            statistics.mean(r[key] for r in runs if math.isfinite(r["discrepancy"])) for key in ("discrepancy", "novel")
+        )
         for runs in by_method.values()
     ]
     lines.append(f"| means of methods | {len(means)} | {rank_correlation(*zip(*means, strict=True)):+.2f} |")
@@ -194,7 +201,7 @@ def draw(rows: list[dict[str, Any]], start: dict[str, float], path: Path) -> Non
     figure = Figure(figsize=(8.4, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     for (name, method), colour in zip(METHODS.items(), COLOURS, strict=False):
-        runs = [row for row in rows if row["method"] == name]
+        runs = [row for row in rows if row["method"] == name and math.isfinite(row["discrepancy"])]
         for axes, x in ((left, "base"), (right, "discrepancy")):
             axes.scatter([r[x] for r in runs], [r["novel"] for r in runs], s=9, color=colour, alpha=0.4, linewidths=0)
             mean = statistics.mean(r[x] for r in runs), statistics.mean(r["novel"] for r in runs)

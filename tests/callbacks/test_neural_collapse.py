@@ -312,3 +312,11 @@ def test_the_same_monitor_twice_is_refused_and_on_two_layers_welcome(tmp_path):
     run = fit(tmp_path, seeded(Plain), NeuralCollapseMonitor(), NeuralCollapseMonitor(layer="net.body.0"))
     assert logged(run)
     assert logged(run, label="/net.body.0")
+
+
+def test_two_modes_for_one_layer_are_refused(tmp_path):
+    pair = [NeuralCollapseMonitor(), NeuralCollapseMonitor(mode="exact")]
+    with pytest.raises(ValueError, match="log the training data under the same names"):
+        trainer(tmp_path, callbacks=pair).fit(Plain(), loader())
+    pair[1] = NeuralCollapseMonitor(mode="exact", data="val")
+    trainer(tmp_path, callbacks=pair).fit(Plain(), loader(), loader())

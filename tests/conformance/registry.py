@@ -101,7 +101,6 @@ HEAD = {"plain checkpoint to suite": "fresh_head=True", "FSDP2": "name it .argum
 OTHER_HEAD = "the head is another layer: build the module with it"
 LEAVES_HEAD = {"suite checkpoint to plain": OTHER_HEAD, "load_from_checkpoint of the plain class": OTHER_HEAD}
 
-OTHER_NAME = "ValueError('Expected a parent'), for want of pytorch_lightning's LightningModule in is_overridden"
 LATE = "refused as it should be, but only at the end of an epoch"
 
 GRASSMANN = Entry(
@@ -113,7 +112,6 @@ GRASSMANN = Entry(
     values=expected.head_angles,
     refuses=HEAD,
     lacks=LEAVES_HEAD,
-    faults={"pytorch_lightning": OTHER_NAME},
     failure=Failure("lightning_feat.optim.grassmann.geodesic_", "step"),
 )
 SIMPLEX = Entry(
@@ -123,7 +121,6 @@ SIMPLEX = Entry(
     written=[methods.Simplex],
     refuses=HEAD,
     lacks=LEAVES_HEAD,
-    faults={"pytorch_lightning": OTHER_NAME},
 )
 EXACT_MONITOR = Entry(
     "NeuralCollapseMonitor (exact)",
@@ -146,11 +143,6 @@ CALLBACKS = [
         beside=[SIMPLEX],
         refuses={**HEAD, **TERM},
         lacks=LEAVES_HEAD,
-        faults={
-            "pytorch_lightning": OTHER_NAME,
-            "bare loss.backward()": "torch's own error comes first, as the loss is detached; it names no mixin",
-            "FSDP2, classifier named": "trains otherwise, silently: FSDP2 misses the backward of detached logits",
-        },
         failure=Failure("lightning_feat.callbacks.simplex.dot_regression", "loss"),
     ),
     Entry(
@@ -169,10 +161,6 @@ CALLBACKS = [
         written=[methods.CollapseLosses],
         values=expected.terms,
         refuses={**TERM, "soft labels": INTEGERS},
-        faults={
-            "pytorch_lightning": OTHER_NAME,
-            "deepcopy and pickling": "training_step of a deep copy raises: the pull asks for its trainer",
-        },
         own=lambda callback: [callback.means],
         failure=Failure("lightning_feat.callbacks.collapse_regularizer.within_class_pull", "loss"),
     ),
@@ -201,7 +189,6 @@ CALLBACKS = [
         beside=[GRASSMANN],
         refuses={**HEAD, "soft labels": INTEGERS},
         lacks=LEAVES_HEAD,
-        faults={"pytorch_lightning": OTHER_NAME},
         failure=Failure("lightning_feat.metrics.class_separation.WithinClassVariability.update", "batch end"),
     ),
     Entry(
@@ -225,7 +212,6 @@ CALLBACKS = [
         task="regression",
         refuses={"iterable data set": ONE_LOADER},
         lacks={"soft labels": "regression has none"},
-        faults={"iterable data set": LATE},
         failure=Failure("lightning_feat.callbacks.regression_collapse.nrc1", "epoch end", call=1),
     ),
     Entry(
@@ -234,7 +220,6 @@ CALLBACKS = [
         {"penalties": [0.01, 0.1], "every_n_epochs": 1},
         values=expected.probe,
         refuses={**EXACT, "soft labels": INTEGERS},
-        faults={"soft labels": f"{LATE}, the last"},
         failure=Failure("lightning_feat.callbacks.linear_probe.linear_probe", "epoch end", call=1),
     ),
     Entry(
@@ -243,9 +228,6 @@ CALLBACKS = [
         {"plan": methods.plan},
         written=[methods.Plan],
         refuses={"iterable data set": "a sampler needs a DataLoader over a map-style data set"},
-        faults={
-            "LightningCLI": "jsonargparse refuses a function as plan, unless it is annotated to return Tensor alone"
-        },
         failure=Failure("lightning_feat.callbacks.data_plan.make_train_loader_anew", "epoch end", call=1),
         resumes_exactly=True,
     ),
@@ -256,9 +238,6 @@ CALLBACKS = [
         written=[methods.Upsample],
         refuses={"iterable data set": "map-style data set", "soft labels": INTEGERS},
         lacks={"plain checkpoint to suite": "the plain run has passed the epoch at which examples are chosen"},
-        faults={
-            "soft labels": LATE,
-        },
         failure=Failure("lightning_feat.callbacks.slow_pass.slow_examples", "epoch end", call=1),
         resumes_exactly=True,
     ),

@@ -8,6 +8,7 @@ import torch
 from lightning_feat.functional.collapse_losses import (
     balanced_lengths,
     between_class_push,
+    cut_gradient,
     dot_regression,
     scale_gradient,
     within_class_pull,
@@ -194,3 +195,11 @@ def test_what_does_not_fit_is_refused(call, text):
     features, targets, _ = batch()
     with pytest.raises(ValueError, match=text):
         call(features, targets, simplex_prototypes(C, D))
+
+
+def test_a_cut_gradient_is_zero_whatever_comes_back():
+    x = torch.tensor([1.0, -2.0], requires_grad=True)
+    cut = cut_gradient(x)
+    assert torch.equal(cut, x)
+    cut.backward(torch.tensor([torch.inf, torch.nan]))
+    assert torch.equal(x.grad, torch.zeros(2))

@@ -249,6 +249,7 @@ CASES: dict[str, Case] = {
         definition=slow.within_class_pull,
     ),
     "collapse_losses.between_class_push": F32(_vectors, degree=0, scales=(-20, 100), gradient=True, tolerance=1e-6),
+    "collapse_losses.cut_gradient": Case(lambda w: (w.features(),), degree=1, samples="along"),
     "collapse_losses.scale_gradient": F32(lambda w: (w.features(), 0.5), degree=1, samples="along"),
     "collapse_means.cosine_matrix": Case(_vectors, degree=0, gradient=True, definition=slow.cosine_matrix),
     "collapse_means.gram_error": Case(_weight_and_means, degree=0, gradient=True, definition=slow.nc3),
