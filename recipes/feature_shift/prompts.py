@@ -34,7 +34,7 @@ from lightning_feat.callbacks import FeatureShiftMonitor, FeatureShiftRegularize
 from lightning_feat.data.captioned_digits import CaptionedDigitsDataModule
 
 COLOURS = ("#000000", "#0072B2", "#56B4E9", "#009E73", "#D55E00", "#E69F00", "#CC79A7", "#999999")
-DEPTH, LENGTH, BATCH_SIZE, EPOCHS = 3, 2, 16, 10  # of four blocks; nine of twelve in the paper
+DEPTH, LENGTH, BATCH_SIZE, EPOCHS = 3, 2, 16, 10  # all blocks of the small towers; nine of twelve in the paper
 RATES = (0.001, 0.004, 0.014)  # the last is the paper's 0.0035 for batches of 4
 
 
