@@ -52,6 +52,8 @@ class NeuralCollapseMonitor(Callback):
     Beside the loggers: a table with all measures in full precision and, on demand, figures and thresholds that warn or
     stop. What goes wrong in writing is a warning.
 
+    Beside an online monitor of the same layer, the exact one logs the training data as ``neural_collapse_exact/...``.
+
     Args:
         layer: dotted name of a submodule, or several; None for the input of the classifier.
         read: the ``"output"`` (default where a name is given) or the ``"input"`` of the layer.
@@ -121,6 +123,7 @@ class NeuralCollapseMonitor(Callback):
             raise ValueError(f"layer={layer}: name each layer once, and at least one.")
         self.taps = LabelledTaps(layers, read, pooling, classifier, target_key, ignore_index)
         self.num_classes = num_classes
+        self._beside_online = False
         self.mode, self.data, self.every_n_epochs = mode, data, every_n_epochs
         self.measures = tuple(measures) if measures is not None else DEFAULT_MEASURES
         self.global_mean, self.second_moment = global_mean, second_moment
@@ -146,18 +149,13 @@ class NeuralCollapseMonitor(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         refuse_twin(trainer, self)
-        for other in callbacks_of(trainer):
-            if isinstance(other, NeuralCollapseMonitor) and other is not self and self._names_as(other):
-                raise ValueError(
-                    f"{self.state_key} and {other.state_key} log the training data under the same names, of which "
-                    "Lightning would take the mean: keep one, or let the exact one measure data='val'."
-                )
+        others = [other for other in callbacks_of(trainer) if isinstance(other, NeuralCollapseMonitor)]
+        # Lightning would take the mean of two values of one name.
+        self._beside_online = self.mode == "exact" and any(
+            other.mode == "online" and set(other.taps.labels) & set(self.taps.labels) for other in others
+        )
         if stage == "fit":
             self.report.start(trainer)
-
-    def _names_as(self, other: "NeuralCollapseMonitor") -> bool:
-        both_train = all(one.mode == "online" or one.data != "val" for one in (self, other))
-        return both_train and bool(set(self.taps.labels) & set(other.taps.labels))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Not in setup: before configure_model the layers may not be there, or be replaced later.
@@ -253,7 +251,8 @@ class NeuralCollapseMonitor(Callback):
         values = metric.compute()
         lost = int(values.pop("nonfinite_samples"))
         self.nonfinite.check(trainer, label, lost, lost + float(metric.counts.sum()) * trainer.world_size)
-        method = "neural_collapse" if data == "train" else "neural_collapse_val"
+        train = "neural_collapse_exact" if self._beside_online else "neural_collapse"
+        method = train if data == "train" else "neural_collapse_val"
         for name, value in values.items():
             if any(fnmatchcase(name, pattern) for pattern in self.measures):
                 # compute() agrees on all processes already; sync_dist only spares the reader a warning from Lightning.

@@ -314,9 +314,13 @@ def test_the_same_monitor_twice_is_refused_and_on_two_layers_welcome(tmp_path):
     assert logged(run, label="/net.body.0")
 
 
-def test_two_modes_for_one_layer_are_refused(tmp_path):
-    pair = [NeuralCollapseMonitor(), NeuralCollapseMonitor(mode="exact")]
-    with pytest.raises(ValueError, match="log the training data under the same names"):
-        trainer(tmp_path, callbacks=pair).fit(Plain(), loader())
-    pair[1] = NeuralCollapseMonitor(mode="exact", data="val")
-    trainer(tmp_path, callbacks=pair).fit(Plain(), loader(), loader())
+def test_two_modes_for_one_layer_log_under_two_names(tmp_path):
+    alone = trainer(tmp_path, callbacks=NeuralCollapseMonitor(mode="exact"))
+    torch.manual_seed(0)
+    alone.fit(Plain(), loader())
+    both = trainer(tmp_path, callbacks=[NeuralCollapseMonitor(), NeuralCollapseMonitor(mode="exact")])
+    torch.manual_seed(0)
+    both.fit(Plain(), loader())
+    name = "nc1_quotient/penultimate"
+    assert both.callback_metrics[f"neural_collapse_exact/{name}"] == alone.callback_metrics[f"neural_collapse/{name}"]
+    assert both.callback_metrics[f"neural_collapse/{name}"] != alone.callback_metrics[f"neural_collapse/{name}"]
