@@ -1,3 +1,4 @@
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -93,11 +94,11 @@ class MixupGeometryMonitor(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # What is wrong with the data is said now. Loaders of a validation that comes later are not there yet.
         if self.data == "train" or trainer.val_dataloaders is not None or trainer.check_val_every_n_epoch == 1:
-            self._loader(trainer)
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if batch_idx == 0 and self.data == "train":
-            _mixable(batch)
+            loader = self._loader(trainer)
+            with without_trace(trainer, pl_module):
+                for batch in itertools.islice(clean_batches(trainer, pl_module, loader), 1):
+                    _mixable(batch)
+                    self._classes(batch, targets_of(batch, self.target_key).numel())
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         epoch = trainer.current_epoch + 1

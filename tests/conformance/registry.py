@@ -101,7 +101,6 @@ HEAD = {"plain checkpoint to suite": "fresh_head=True", "FSDP2": "name it .argum
 OTHER_HEAD = "the head is another layer: build the module with it"
 LEAVES_HEAD = {"suite checkpoint to plain": OTHER_HEAD, "load_from_checkpoint of the plain class": OTHER_HEAD}
 
-LATE = "refused as it should be, but only at the end of an epoch"
 
 GRASSMANN = Entry(
     "GrassmannHead",
@@ -202,7 +201,6 @@ CALLBACKS = [
             "batches as dict": FLOATING_FIRST,
             "batches as dataclass": FLOATING_FIRST,
         },
-        faults=dict.fromkeys(("soft labels", "batches as dict", "batches as dataclass"), LATE),
         failure=Failure("lightning_feat.callbacks.mixup_geometry.mix_sums", "epoch end"),
     ),
     Entry(
