@@ -23,7 +23,7 @@ import lightning_feat.functional
 
 HOUSE = os.path.dirname(lightning_feat.functional.__file__)
 EXAMPLES = 6
-DEEP = 20  # times as many
+DEEP = 3  # times as many
 
 
 def functions() -> dict[str, Any]:
