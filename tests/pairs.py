@@ -20,7 +20,8 @@ def run_pair(cases: str, folder: Path) -> list[dict[str, Any]]:
     for rank, path in enumerate(paths):
         env = {**os.environ, **where, "NODE_RANK": "0", "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, cases, str(path)]
-        processes.append(subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE))
+        out = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+        processes.append(subprocess.Popen(command, env=env, cwd=folder, **out))
     try:
         errors = [process.communicate(timeout=180)[1].decode() for process in processes]
     finally:
