@@ -2,7 +2,8 @@
 
 from lightning_feat.data.base_to_novel import BaseToNovelDataModule
 from lightning_feat.data.captioned_digits import CaptionedDigitsDataModule
-from lightning_feat.data.cifar import CifarDataModule, write_example_cifar
+from lightning_feat.data.cifar import CifarDataModule
+from lightning_feat.data.cifar_files import write_example_cifar
 from lightning_feat.data.digits import DigitsDataModule
 from lightning_feat.data.elpv import ElpvDataModule
 from lightning_feat.data.image_folder import ImageFolderDataModule, write_example_folder

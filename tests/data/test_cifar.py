@@ -11,7 +11,8 @@ from helpers import trainer
 from torch.utils.data import Subset
 
 from lightning_feat.baselines import MLPClassifier
-from lightning_feat.data.cifar import CifarDataModule, CifarPart, read_cifar, shift, write_example_cifar
+from lightning_feat.data.cifar import CifarDataModule, CifarPart, shift
+from lightning_feat.data.cifar_files import read_cifar, write_example_cifar
 
 TRAIN = tuple(f"data_batch_{i}" for i in range(1, 6))
 
