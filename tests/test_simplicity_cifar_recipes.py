@@ -8,8 +8,7 @@ import torch
 import yaml
 
 from lightning_feat.__main__ import find_recipe
-from lightning_feat.data import Selection
-from lightning_feat.data import write_example_cifar
+from lightning_feat.data import Selection, write_example_cifar
 
 RECIPES = {"cifar10": "simplicity_bias/cifar10", "cifar100": "simplicity_bias/cifar100"}
 SEPARATING = {"cifar10": 0.04, "cifar100": 0.1}  # of 200 epochs: 8 and 20
