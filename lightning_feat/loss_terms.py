@@ -189,6 +189,8 @@ class _Engine:
         for term in self.terms.values():
             for tap in term.taps:
                 tap.attach(module)
+            if term.parameters is not None:
+                own_parameters.adopt_sharded(module, term.key, term.parameters)
         configured = call()
         for term in self.terms.values():
             if term.parameters is not None:
@@ -233,15 +235,14 @@ class _Engine:
         """The loss plus the waiting terms (of ``keys``), each logged."""
         keys = list(self.waiting) if keys is None else keys
         weights = {key: self.waiting.pop(key) for key in keys}
-        with torch.autocast(module.device.type, enabled=False):
+        owners = [term.parameters for term in self.terms.values() if term.parameters is not None]
+        with torch.autocast(module.device.type, enabled=False), own_parameters.in_use(owners):
             values = {key: self.terms[key].value(module, self.batch) for key in keys}
             total = loss
             for key, value in values.items():
                 total = total + weights[key] * value
             # DDP waits for every parameter in every batch, due or not; so touch them all.
-            own = [
-                p for term in self.terms.values() if term.parameters is not None for p in term.parameters.parameters()
-            ]
+            own = [p for owner in owners for p in owner.parameters()]
             if own:
                 total = total + 0.0 * torch.stack([p.sum() for p in own]).sum()
         self.ever_joined = self.ever_joined or bool(keys)

@@ -3,16 +3,22 @@
 They live in a submodule of the LightningModule (so that DDP, devices and ``self.parameters()`` know them) and in an
 existing parameter group (a group of their own would break schedulers and rename what ``LearningRateMonitor`` logs).
 In a checkpoint they stand under a key of their own, and so does their optimizer state, so that checkpoints written
-with and without them can be exchanged. Under FSDP2, whose sharded checkpoints are written from the module itself, the
-keys stay visible: resume such a run with the same callbacks.
+with and without them can be exchanged.
+
+Under FSDP2 they come in when the user has sharded his module, each process holds all of them, and their gradients are
+averaged as DDP does. Until the fit ends they are DTensors, since neither clipping nor an optimizer that works on lists
+takes tensors of two kinds. Sharded checkpoints are written from the module itself, so there the keys stay visible:
+resume such a run with the same callbacks.
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch.distributed
 from lightning.pytorch import LightningModule, Trainer
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 _NAME = "_feat_own"
@@ -30,7 +36,68 @@ class _OwnParameters(nn.ModuleDict):
 def adopt(module: LightningModule, key: str, submodule: nn.Module) -> None:
     """Make ``submodule`` a part of ``module`` that the state dict does not show. Call it before optimizers are
     configured.
+
+    Under FSDP2 nothing happens yet: see ``adopt_sharded``.
     """
+    if not _visible(module):
+        _adopt(module, key, submodule)
+
+
+def adopt_sharded(module: LightningModule, key: str, submodule: nn.Module) -> None:
+    """Under FSDP2 what ``adopt`` does else; to be called when the user has sharded ``module`` and before optimizers are
+    configured.
+    """
+    if not _visible(module):
+        return
+    from torch.distributed.tensor import DTensor, Replicate, distribute_tensor  # torch.distributed is not everywhere
+
+    _adopt(module, key, submodule)
+    spread: dict[int, nn.Parameter] = {}  # one that stands in two places stays one
+    for holder, name, parameter in _held(submodule):
+        if not isinstance(parameter, DTensor):
+            if id(parameter) not in spread:
+                data = distribute_tensor(parameter.detach(), module.device_mesh["data_parallel"], [Replicate()])
+                spread[id(parameter)] = nn.Parameter(data, parameter.requires_grad)
+            holder._parameters[name] = spread[id(parameter)]
+    module._modules[_NAME].marked()  # type: ignore[union-attr,operator]
+
+
+@contextmanager
+def in_use(submodules: Sequence[nn.Module]) -> Iterator[None]:
+    """Inside, the parameters of adopted modules are plain tensors, whose gradients come out averaged over the processes
+    under FSDP2. Each of them must take part in the loss on all processes or on none.
+    """
+    with ExitStack() as stack:
+        for submodule in submodules:
+            for holder, name, parameter in _held(submodule):
+                if hasattr(parameter, "to_local"):
+                    holder._parameters[name] = _AveragedGradient.apply(parameter.to_local(), parameter.device_mesh)
+                    stack.callback(holder._parameters.__setitem__, name, parameter)
+        yield
+
+
+class _AveragedGradient(torch.autograd.Function):
+    """The tensor itself; its gradient is averaged over the processes of a mesh."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, mesh: Any) -> Tensor:
+        ctx.mesh = mesh
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        gradient = gradients[0].contiguous() / ctx.mesh.size()
+        torch.distributed.all_reduce(gradient, group=ctx.mesh.get_group())
+        return gradient, None
+
+
+def _held(submodule: nn.Module) -> list[tuple[nn.Module, str, Any]]:
+    """The parameters of a module, each with the module that holds it and its name there."""
+    parts = submodule.modules()
+    return [(part, name, p) for part in parts for name, p in part._parameters.items() if p is not None]
+
+
+def _adopt(module: LightningModule, key: str, submodule: nn.Module) -> None:
     own = module._modules.get(_NAME)
     if not isinstance(own, _OwnParameters):
         own = _OwnParameters()
@@ -48,6 +115,12 @@ def release(module: LightningModule, key: str) -> None:
     own = module._modules.get(_NAME)
     if not isinstance(own, _OwnParameters) or _safe(key) not in own:
         return
+    plain: dict[int, nn.Parameter] = {}
+    for holder, name, parameter in _held(own[_safe(key)]):
+        if hasattr(parameter, "to_local"):  # every process has all of it
+            if id(parameter) not in plain:
+                plain[id(parameter)] = nn.Parameter(parameter.detach().to_local(), parameter.requires_grad)
+            holder._parameters[name] = plain[id(parameter)]
     del own[_safe(key)]
     if not len(own):
         del module._modules[_NAME]

@@ -101,10 +101,15 @@ def features(model, images, ids):
 
 def logits_by_hand(model, images, ids, text=None, image=None):
     """Logits with the prompts in ``text`` and ``image``, lists of ``(n, D)`` for blocks 0, 1, ..., put in by hand."""
-    by_hand = _huggingface_by_hand if hasattr(model, "vision_model") else _open_clip_by_hand
-    image_features, text_features = by_hand(model, images, ids, text or [], image or [])
+    image_features, text_features = features_by_hand(model, images, ids, text, image)
     scale = model.logit_scale.exp()
     return scale * normalize(image_features, dim=-1) @ normalize(text_features, dim=-1).T
+
+
+def features_by_hand(model, images, ids, text=None, image=None):
+    """Image and text features before they are normalised, with prompts as in ``logits_by_hand``."""
+    by_hand = _huggingface_by_hand if hasattr(model, "vision_model") else _open_clip_by_hand
+    return by_hand(model, images, ids, text or [], image or [])
 
 
 def _put(x, prompt, start):

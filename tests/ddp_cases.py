@@ -84,6 +84,14 @@ class ShardedPlain(Sharded):
         self.net.fc = nn.Linear(8, 3)
 
 
+class PlainBuilt(Built):
+    """The same, not sharded."""
+
+    def __init__(self):
+        super().__init__()
+        self.net.fc = nn.Linear(8, 3)
+
+
 class WithTerm(Momentum):
     """The term of ``FeatureRegularizer(Center(), ..., weight=0.3)`` written by hand."""
 
@@ -172,6 +180,41 @@ def fsdp2_resume(world):
     return sharded(Sharded, GrassmannHead(), ckpt_path=path)
 
 
+def own(world, module=PlainBuilt, also=None, **kwargs):
+    """A term with a parameter, clipped with the rest, and a batch in which no process uses it."""
+    if module is ShardedPlain:
+        kwargs["strategy"] = ModelParallelStrategy(
+            data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo"
+        )
+    center = OneClass()
+    callback = FeatureRegularizer(center, "center", weight=WeightSchedule(0.3, every_n_batches=2))
+    callbacks = [callback] if also is None else [callback, also]
+    _, module = fit(module, callbacks, world, gradient_clip_val=0.5, **kwargs)
+    whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in module.parameters()]
+    return torch.cat([p.detach().flatten() for p in [*whole, center.center]]).double().tolist()
+
+
+def fsdp2_own(world):
+    return own(world, ShardedPlain)
+
+
+class Save(pl.Callback):
+    """After the first epoch."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        if trainer.current_epoch == 0:
+            trainer.save_checkpoint(self.path)
+
+
+def fsdp2_own_resume(world):
+    path = Path(sys.argv[1]).parent / "own.ckpt"
+    own(world, ShardedPlain, also=Save(path))
+    return own(world, ShardedPlain, ckpt_path=path)
+
+
 def grassmann_adaptive(world):
     _, module = fit(BuiltAdaptive, [GrassmannHead(2)], world)
     return [float(orthonormality_error(module.net.fc.basis.detach()).max()), *flat(module)]
@@ -201,7 +244,8 @@ CASES = [
     grassmann_adaptive,
     collapse_online,
     collapse_exact,
-    *([fsdp2, fsdp2_swap, fsdp2_resume] if FSDP2_ON_CPU else []),
+    own,
+    *([fsdp2, fsdp2_swap, fsdp2_resume, fsdp2_own, fsdp2_own_resume] if FSDP2_ON_CPU else []),
 ]
 
 

@@ -75,3 +75,14 @@ def test_a_head_put_in_before_the_user_shards_is_sharded_and_stays_on_the_manifo
 @fsdp2
 def test_a_sharded_run_resumes_where_it_was(pair):
     assert of(pair, "fsdp2_resume")[0] == pytest.approx(of(pair, "fsdp2")[0], rel=1e-5, abs=1e-6)
+
+
+@fsdp2
+def test_parameters_of_a_callback_under_fsdp2_are_trained_and_clipped_as_under_ddp(pair):
+    first, second = of(pair, "fsdp2_own")
+    assert first == second == pytest.approx(of(pair, "own")[0], rel=1e-5, abs=1e-6)
+
+
+@fsdp2
+def test_parameters_of_a_callback_resume_under_fsdp2(pair):
+    assert of(pair, "fsdp2_own_resume")[0] == pytest.approx(of(pair, "fsdp2_own")[0], rel=1e-5, abs=1e-6)

@@ -13,6 +13,7 @@ from lightning_feat.layers.insertion import Insertion
 from lightning_feat.layers.prompts import Coupling, DeepPrompts, Kind, insert_prompts
 from lightning_feat.layers.surgery import SurgeryBlock, attach_surgery
 from lightning_feat.loss_terms import LossTerm, WeightSchedule, add_loss_term, remove_loss_term
+from lightning_feat.reference.runs import refuse_sharding
 from lightning_feat.wraps import add_link, overrides, remove_link
 
 _STRENGTHEN: dict[Kind, float] = {"text": 0.02, "image": 0.005}  # RESTORE's code
@@ -94,6 +95,7 @@ class PromptLearner(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         refuse_twin(trainer, self)
         refuse_averaging_before(trainer, self)
+        refuse_sharding(trainer, "PromptLearner", "computes with whole prompts inside the towers")
         self._take_out(pl_module)
         if overrides(pl_module, "configure_model"):
             add_link(pl_module, "configure_model", self.state_key, _BringIn(self, stage))

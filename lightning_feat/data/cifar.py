@@ -50,6 +50,7 @@ class CifarDataModule(LightningDataModule):
 
     Example:
         >>> from tempfile import mkdtemp
+        >>> from lightning_feat.data import write_example_cifar
         >>> data = CifarDataModule(write_example_cifar(mkdtemp()), batch_size=4)
         >>> data.setup()
         >>> images, targets = next(iter(data.train_dataloader()))

@@ -93,7 +93,6 @@ def _sharding(run: Run, trial: Trial, watch: Watch) -> list[Finding]:
     whole = watch.whole
     if not whole:
         return []
-    own = any(name.startswith("_feat_own") for name in whole)
     return [
         Finding(
             "error",
@@ -101,8 +100,7 @@ def _sharding(run: Run, trial: Trial, watch: Watch) -> list[Finding]:
             ", ".join(whole[:4]) + (f" and {len(whole) - 4} more" if len(whole) > 4 else ""),
             "under FSDP2 the rest of the module is sharded, but not these parameters.",
             "Nothing synchronises their gradients: the processes drift apart, and nothing says so.",
-            "Put what is new in before configure_model shards the module, or call fully_shard on it too."
-            + (" Names that begin with _feat_own belong to a callback: leave it out, or use ddp." if own else ""),
+            "Put what is new in before configure_model shards the module, or call fully_shard on it too.",
         )
     ]
 

@@ -11,11 +11,11 @@ def is_new_run(trainer: Trainer, module: LightningModule, of: weakref.ref[Lightn
     return trainer.global_step == 0 or of is None or of() is not module
 
 
-def refuse_sharding(trainer: Trainer, owner: str) -> None:
+def refuse_sharding(trainer: Trainer, owner: str, why: str = "keeps a copy of whole parameters") -> None:
     """Raise a ``ValueError`` under a strategy that spreads one parameter over processes."""
     strategy = type(trainer.strategy).__name__
     if strategy in ("ModelParallelStrategy", "FSDPStrategy", "DeepSpeedStrategy"):
-        raise ValueError(f"{owner} keeps a copy of whole parameters, which {strategy} shards: use DDP.")
+        raise ValueError(f"{owner} {why}, which {strategy} shards: use DDP.")
 
 
 def warn_of_missing_start(owner: str) -> None:

@@ -92,6 +92,7 @@ def only_with_failure(entry: Entry) -> str | None:
     return None if entry.failure else "runs nothing of its own inside the loop"
 
 
+ALONE = {"regression": "goes with a regression", "clip": "goes with a CLIP"}
 STEP, LOOP, DATA, RUN, CHECKPOINTS, AROUND = (
     "The optimizer step",
     "The module",
@@ -155,7 +156,7 @@ CONDITIONS = [
     Condition(
         "all others of all methods at once",
         AROUND,
-        lacks=lambda entry: "goes with no classifier" if entry.task == "regression" else None,
+        lacks=lambda entry: None if entry.task == "classes" else f"{ALONE[entry.task]}, the others with a classifier",
         with_others=True,
         rounding=1e-4,  # gradients of many terms add up in another order
     ),

@@ -17,7 +17,8 @@ import yaml
 from conformance import modules
 from conformance.expected import everywhere
 from conformance.registry import Failure
-from conformance.sides import Run, Side, patches, state
+from conformance.modules import whole
+from conformance.sides import Run, Side, patches
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.tuner import Tuner
@@ -31,8 +32,11 @@ def fit(side: Side) -> Run:
 def fit_together(side: Side) -> Run:
     """On several processes, which must end with the same weights."""
     run = fit(side)
-    digests = everywhere({name: value.double().sum().item() for name, value in state(run.module).items()})
-    for name, _ in run.module.network.named_parameters():
+    trained = {name: whole(parameter) for name, parameter in run.module.network.named_parameters()}
+    brought = [p for member, c in zip(side.entry.family(), run.callbacks, strict=True) for p in member.own(c)]
+    trained |= {f"own parameter {i}": p for i, p in enumerate(brought)}
+    digests = everywhere({name: value.double().sum().item() for name, value in trained.items()})
+    for name in trained:
         assert len({digest[name] for digest in digests}) == 1, f"{name} differs between the processes"
     return run
 

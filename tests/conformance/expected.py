@@ -129,3 +129,15 @@ def probe(module: Any) -> Values:
     parts = features[~held], targets[~held], features[held], targets[held]
     found = linear_probe(*parts, *test, penalties=(0.01, 0.1))
     return {"linear_probe/accuracy/penultimate": float(found.accuracy)}
+
+
+def prompts(module: Any) -> Values:
+    """The term, and the norms of Gram matrices at the end of the epoch."""
+    learned = module.own[0]
+    norms = {}
+    for kind in ("text", "image"):
+        deep = [learned.prompt(kind, index).detach().double() for index in range(1, learned.depth_of(kind))]
+        norms[kind] = torch.stack([torch.linalg.matrix_norm(p.T @ p) for p in deep])
+    ratios = [norms[kind] / learned.get_buffer(f"{kind}_gram_start") for kind in norms]
+    values = {f"prompts/gram_norm/{kind}": float(norm.mean()) for kind, norm in norms.items()}
+    return {**terms(module), **values, "prompts/discrepancy": float((ratios[0] - ratios[1]).abs().mean())}

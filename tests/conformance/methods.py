@@ -22,9 +22,9 @@ from lightning_feat.functional.collapse_losses import (
     within_class_pull,
 )
 from lightning_feat.functional.simplicity import slow_examples
-from lightning_feat.layers import GrassmannLinear, SimplexETF
+from lightning_feat.layers import DeepPrompts, GrassmannLinear, SimplexETF
 
-SPREAD_WEIGHT, PULL_WEIGHT, PUSH_WEIGHT = 0.3, 0.2, 0.1
+SPREAD_WEIGHT, PULL_WEIGHT, PUSH_WEIGHT, GRAM_WEIGHT = 0.3, 0.2, 0.1, 0.01
 
 
 def spread(features: Tensor, targets: Tensor) -> Tensor:
@@ -52,6 +52,10 @@ class Method:
 
     def prepare(self, module: Any) -> None:
         """Put in layers and parameters."""
+
+    def arguments(self, module: Any) -> dict[str, Any]:
+        """What the network shall get beside its inputs."""
+        return {}
 
     def loss(self, module: Any, loss: Tensor, features: Tensor, targets: Tensor, batch_idx: int) -> Tensor:
         """The loss with what is to be added."""
@@ -100,6 +104,8 @@ class CollapseLosses(Method):
     def prepare(self, module: Any) -> None:
         drawn = torch.randn(NUM_CLASSES, WIDTH, generator=torch.Generator().manual_seed(0))
         module.own = nn.ParameterList([drawn])  # a submodule, for its place: behind the network
+        if module.habits.sharded:  # FSDP2 does not know them
+            module.own[0].register_post_accumulate_grad_hook(average)
 
     def loss(self, module: Any, loss: Tensor, features: Tensor, targets: Tensor, batch_idx: int) -> Tensor:
         pull = within_class_pull(features, targets, scale_gradient(module.own[0], 1 / PULL_WEIGHT))
@@ -110,6 +116,24 @@ class CollapseLosses(Method):
 
     def own(self, module: Any) -> list[Tensor]:
         return [*module.own]
+
+
+class Prompts(Method):
+    """``PromptLearner("maple", depth=2, length=2, template=None, gram_weight=0.01)``."""
+
+    def prepare(self, module: Any) -> None:
+        module.own = nn.ModuleList([DeepPrompts("maple", WIDTH, WIDTH, depth=2, length=2)])
+
+    def arguments(self, module: Any) -> dict[str, Any]:
+        return {"prompts": module.own[0]}
+
+    def loss(self, module: Any, loss: Tensor, features: Tensor, targets: Tensor, batch_idx: int) -> Tensor:
+        value = module.own[0].gram_consistency_loss()
+        module.note("prompt_gram/loss", batch_idx, value)
+        return loss + GRAM_WEIGHT * value
+
+    def own(self, module: Any) -> list[Tensor]:
+        return [*module.own.parameters(), *module.own.buffers()]
 
 
 class Grassmann(Method):
@@ -229,6 +253,13 @@ class Stop(Method):
     def at_epoch_end(self, module: Any) -> None:
         if module.trainer.current_epoch >= 1:
             module.trainer.should_stop = True
+
+
+def average(parameter: Tensor) -> None:
+    """Of the gradients of all processes. What has been averaged before, with accumulation, stays as it is."""
+    if parameter.grad is not None:
+        torch.distributed.all_reduce(parameter.grad)
+        parameter.grad /= torch.distributed.get_world_size()
 
 
 def local(parameter: Tensor) -> Tensor:

@@ -6,14 +6,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import clip_models
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from torch.nn.functional import cross_entropy, mse_loss
+from torch.nn.functional import cross_entropy, mse_loss, normalize
 from torch.utils.checkpoint import checkpoint
 
+from lightning_feat.baselines.clip import SmallClip
 from lightning_feat.mixins import LossTermsMixin
 
 NUM_CLASSES, WIDTH = 3, 8
@@ -23,7 +25,7 @@ NUM_CLASSES, WIDTH = 3, 8
 class Habits:
     """How a user writes his module, and what his data look like."""
 
-    task: Literal["classes", "regression"] = "classes"
+    task: Literal["classes", "regression", "clip"] = "classes"
     batch: Literal["tuple", "list", "dict", "dataclass"] = "tuple"
     soft: bool = False
     returns: Literal["tensor", "dict", "none"] = "tensor"
@@ -53,6 +55,38 @@ class Net(nn.Module):
         again = self.checkpointing and self.training
         features = checkpoint(self.body, x, use_reentrant=False) if again else self.body(x)
         logits = self.fc(features)
+        return (logits, features) if with_features else logits
+
+
+class ClipNet(nn.Module):
+    """A frozen CLIP between trained layers: points become images of three by four by four pixels, and classes have
+    texts. ``prompts``: those of an author, put into the blocks by hand.
+    """
+
+    texts: Tensor
+
+    def __init__(self, habits: Habits) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Linear(4, 48), nn.BatchNorm1d(48), nn.Dropout(habits.dropout), nn.Unflatten(1, (3, 4, 4))
+        )
+        towers = dict.fromkeys(("vision_width", "text_width"), WIDTH) | dict.fromkeys(("vision_heads", "text_heads"), 2)
+        layers = dict.fromkeys(("vision_layers", "text_layers"), 3)
+        vocabulary = clip_models.EOS + 1
+        self.clip = SmallClip(vocabulary, clip_models.LENGTH, 4, 2, embed_dim=WIDTH, **towers, **layers)
+        self.clip.requires_grad_(False)
+        self.clip.set_grad_checkpointing(habits.checkpointing)
+        self.fc = nn.Linear(WIDTH, WIDTH)
+        self.register_buffer("texts", clip_models.texts(NUM_CLASSES))
+
+    def forward(self, x: Tensor, with_features: bool = False, prompts: Any = None) -> Any:
+        images = self.body(x)
+        if prompts is None:
+            features, classes = clip_models.features(self.clip, images, self.texts)
+        else:
+            put_in = clip_models.lists(prompts)
+            features, classes = clip_models.features_by_hand(self.clip, images, self.texts, **put_in)
+        logits = self.clip.logit_scale.exp() * normalize(self.fc(features), dim=-1) @ normalize(classes, dim=-1).T
         return (logits, features) if with_features else logits
 
 
@@ -87,19 +121,23 @@ class UserCode:
     def __init__(self, habits: Habits = Habits()) -> None:  # frozen
         super().__init__()
         self.habits = habits
-        self.net = Net(habits)
+        self.net = ClipNet(habits) if habits.task == "clip" else Net(habits)
         if habits.compiled == "network":
             self.net = torch.compile(self.net, backend="eager")
         self.automatic_optimization = habits.optimization == "automatic"
 
     @property
-    def network(self) -> Net:
+    def network(self) -> Any:
         """The network, without the wrapper of ``torch.compile``."""
         return getattr(self.net, "_orig_mod", self.net)
 
     def forward(self, batch: Any) -> Tensor:
         """Of inputs, or of a batch that is no tuple: as others are called with keywords of a dict."""
-        return self.net(batch if isinstance(batch, Tensor) else self.unpack(batch)[0])
+        return self.net(batch if isinstance(batch, Tensor) else self.unpack(batch)[0], **self.arguments())
+
+    def arguments(self) -> dict[str, Any]:
+        """Of the network, beside the inputs."""
+        return {}
 
     def unpack(self, batch: Any) -> tuple[Tensor, Tensor]:
         if self.habits.batch == "dict":
@@ -196,7 +234,7 @@ class WrittenCode(UserCode):
                 method.prepare(self)
 
     def loss(self, x: Tensor, y: Tensor, batch_idx: int) -> Tensor:
-        logits, features = self.net(x, with_features=True)
+        logits, features = self.net(x, with_features=True, **self.arguments())
         active = self.methods if self.active else []
         loss = self.criterion(logits.detach() if any(m.replaces_loss for m in active) else logits, y)
         with torch.autocast("cpu", enabled=False):
@@ -204,6 +242,10 @@ class WrittenCode(UserCode):
                 loss = method.loss(self, loss, features.float(), y, batch_idx)
         self.seen.setdefault(batch_idx, (features.detach(), y))  # not again in the second closure of SAM
         return loss
+
+    def arguments(self) -> dict[str, Any]:
+        methods = self.methods if self.active else []
+        return {name: value for method in methods for name, value in method.arguments(self).items()}
 
     def note(self, name: str, batch_idx: int, value: Tensor) -> None:
         if not (self.habits.returns == "none" and batch_idx % 2):
@@ -248,7 +290,7 @@ class WrittenCode(UserCode):
         self.eval()
         for name, (x, y) in self.data.items():
             with self.trainer.precision_plugin.forward_context():
-                parts = [self.network(chunk, with_features=True) for chunk in x.split(8)]
+                parts = [self.network(chunk, with_features=True, **self.arguments()) for chunk in x.split(8)]
             logits, features = (torch.cat(column) for column in zip(*parts, strict=True))
             self.measured[name] = features, y, logits
         for part, training in modes:

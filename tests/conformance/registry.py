@@ -59,7 +59,7 @@ class Entry:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     written: Sequence[type[Method]] = ()
     values: Callable[[Any], Values] = expected.nothing
-    task: Literal["classes", "regression"] = "classes"
+    task: Literal["classes", "regression", "clip"] = "classes"
     epochs: int = 2
     makes: str = ""
     beside: Sequence["Entry"] = ()
@@ -254,18 +254,29 @@ CALLBACKS = [
         refuses={**TERM, **NO_FSDP2},
         failure=Failure("lightning_feat.callbacks.feature_shift_regularizer.l2_sp", "loss", call=3),
     ),
+    Entry(
+        "PromptLearner",
+        "head",
+        {"depth": 2, "length": 2, "template": None, "gram_weight": methods.GRAM_WEIGHT},
+        written=[methods.Prompts],
+        values=expected.prompts,
+        task="clip",
+        refuses={**TERM, "FSDP2": "use DDP", "FSDP2, classifier named": "use DDP"},
+        own=lambda callback: [*callback.learned.parameters(), *callback.learned.buffers()],
+        failure=Failure("lightning_feat.layers.prompts.gram_consistency_loss", "loss"),
+    ),
     Entry("CurvePlotter", "plotter", {"filename": "curves.svg"}),
     Entry("SummaryTable", "plotter"),
 ]
 
 
 def company(entry: Entry) -> Entry:
-    """An entry with everything that can go with it, of every method of the library; a regression goes alone.
+    """An entry with everything that can go with it, of every method of the library; a regression and a CLIP go alone.
 
     There is one company for each head. Monitors of neural collapse log under one name, so each has one of them; that
     with a threshold is the online one.
     """
-    if entry.task == "regression":
+    if entry.task != "classes":
         return entry
     by_name = {member.name: member for member in CALLBACKS}
     simplex = ["SimplexETFHead", "DotRegressionRegularizer", "MixupGeometryMonitor", "CollapseThreshold"]
