@@ -332,13 +332,15 @@ def ema(side: Side) -> Run:
 def swa(side: Side) -> Run:
     from lightning.pytorch.callbacks import StochasticWeightAveraging
 
-    return averaged(side, StochasticWeightAveraging(0.05, swa_epoch_start=1, annealing_epochs=1))
+    lr = 0.001 if side.entry.task == "clip" else 0.05
+    return averaged(side, StochasticWeightAveraging(lr, swa_epoch_start=1, annealing_epochs=1))
 
 
 class Copies(pl.Callback):
     """In the middle of a run, a deep copy and a pickle of the module each take a training step of their own.
 
-    The copy has the terms of the original. The pickle is the module that its class makes, without them.
+    The copy has the terms of the original. The pickle has the methods of its class, and so no terms; layers and hooks
+    are in it.
     """
 
     def __init__(self) -> None:
@@ -348,7 +350,7 @@ class Copies(pl.Callback):
         if (trainer.current_epoch, batch_idx) != (1, 1):
             return
         copied, pickled = copy.deepcopy(pl_module), pickle.loads(pickle.dumps(pl_module))
-        pickled.active = False
+        pickled.adds_terms = False
         for other in (copied, pickled):
             with torch.no_grad():
                 for p in other.parameters():

@@ -133,11 +133,7 @@ def probe(module: Any) -> Values:
 
 def prompts(module: Any) -> Values:
     """The term, and the norms of Gram matrices at the end of the epoch."""
-    learned = module.own[0]
-    norms = {}
-    for kind in ("text", "image"):
-        deep = [learned.prompt(kind, index).detach().double() for index in range(1, learned.depth_of(kind))]
-        norms[kind] = torch.stack([torch.linalg.matrix_norm(p.T @ p) for p in deep])
-    ratios = [norms[kind] / learned.get_buffer(f"{kind}_gram_start") for kind in norms]
-    values = {f"prompts/gram_norm/{kind}": float(norm.mean()) for kind, norm in norms.items()}
-    return {**terms(module), **values, "prompts/discrepancy": float((ratios[0] - ratios[1]).abs().mean())}
+    found = module.own_at_end
+    norms = {f"prompts/gram_norm/{kind}": float(found[f"{kind} norms"].mean()) for kind in ("text", "image")}
+    discrepancy = (found["text ratios"] - found["image ratios"]).abs().mean()
+    return {**terms(module), **norms, "prompts/discrepancy": float(discrepancy)}

@@ -4,7 +4,9 @@ They call the functions and layers of the library, which have tests of their own
 scaling, order, precision, hooks, optimizers, checkpoints.
 """
 
+import copy
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -122,7 +124,8 @@ class Prompts(Method):
     """``PromptLearner("maple", depth=2, length=2, template=None, gram_weight=0.01)``."""
 
     def prepare(self, module: Any) -> None:
-        module.own = nn.ModuleList([DeepPrompts("maple", WIDTH, WIDTH, depth=2, length=2)])
+        with torch.random.fork_rng(enabled=not module.active):  # as if they had not been drawn
+            module.own = nn.ModuleList([DeepPrompts("maple", WIDTH, WIDTH, depth=2, length=2)])
 
     def arguments(self, module: Any) -> dict[str, Any]:
         return {"prompts": module.own[0]}
@@ -131,6 +134,15 @@ class Prompts(Method):
         value = module.own[0].gram_consistency_loss()
         module.note("prompt_gram/loss", batch_idx, value)
         return loss + GRAM_WEIGHT * value
+
+    def at_epoch_end(self, module: Any) -> None:
+        """Norms and ratios of Gram matrices from their definition."""
+        learned = module.own[0]
+        for kind in ("text", "image"):
+            deep = [learned.prompt(kind, index).double() for index in range(1, learned.depth_of(kind))]
+            norms = torch.stack([torch.linalg.matrix_norm(p.T @ p) for p in deep])
+            module.own_at_end[f"{kind} norms"] = norms
+            module.own_at_end[f"{kind} ratios"] = norms / learned.get_buffer(f"{kind}_gram_start")
 
     def own(self, module: Any) -> list[Tensor]:
         return [*module.own.parameters(), *module.own.buffers()]
@@ -197,6 +209,34 @@ class StartingPoint(Method):
         pairs = zip(module.network.parameters(), self.start, strict=True)
         value = 0.5 * torch.stack([(p - p0).square().sum() for p, p0 in pairs]).sum()
         module.note("feature_shift/loss/l2_sp", batch_idx, value)
+        return loss + 0.1 * value
+
+
+class StartingFeatures(Method):
+    """``FeatureShiftRegularizer(form="distillation", weight=0.1)``: the features stay near those of a frozen copy."""
+
+    frozen: Any = None
+    weights: Any = None  # of a checkpoint, until there is a module to copy
+
+    def at_start(self, module: Any) -> None:
+        if self.frozen is None or module.trainer.global_step == 0:  # of each fit anew, unless it is resumed
+            self.frozen = copy.deepcopy(module.network).requires_grad_(False).eval()
+        if self.weights is not None:
+            self.frozen.load_state_dict(self.weights)
+            self.weights = None
+
+    def saved(self) -> Any:
+        return None if self.frozen is None else self.frozen.state_dict()
+
+    def load(self, saved: Any) -> None:
+        self.weights = saved
+
+    def loss(self, module: Any, loss: Tensor, features: Tensor, targets: Tensor, batch_idx: int) -> Tensor:
+        precision = module._trainer.precision_plugin.forward_context() if module._trainer else nullcontext()
+        with torch.no_grad(), precision:
+            reference = self.frozen.body(module.inputs).float()
+        value = (features - reference).square().sum(1).mean()
+        module.note("feature_shift/loss/distillation", batch_idx, value)
         return loss + 0.1 * value
 
 

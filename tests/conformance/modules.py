@@ -194,13 +194,14 @@ class UserCode:
         return self(self.unpack(batch)[0])
 
     def configure_optimizers(self) -> Any:
+        lr = 0.002 if self.habits.task == "clip" else 0.1  # more than that, and prompts of a CLIP diverge
         if self.habits.optimizer == "two":
             first = list(self.network.body[0].parameters())
             rest = [p for p in self.parameters() if not any(p is q for q in first)]
-            optimizers = [torch.optim.SGD(first, lr=0.1, momentum=0.9), torch.optim.SGD(rest, lr=0.05, momentum=0.9)]
+            optimizers = [torch.optim.SGD(first, lr=lr, momentum=0.9), torch.optim.SGD(rest, lr=lr / 2, momentum=0.9)]
         else:
             kind = SAM if self.habits.optimizer == "sam" else torch.optim.SGD
-            optimizers = [kind(self.parameters(), lr=0.1, momentum=0.9)]
+            optimizers = [kind(self.parameters(), lr=lr, momentum=0.9)]
         return optimizers, [torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5) for optimizer in optimizers]
 
 
@@ -211,16 +212,20 @@ class WrittenCode(UserCode):
         seen: of the last epoch, by batch: features and targets as they were when the loss was computed.
         measured: at the end of the last epoch: features, targets and logits of the training and the validation data.
         head: parameters of the classifier at that moment; weights may be averaged later.
+        inputs: of the network, while the terms are computed.
+        own_at_end: what a method has taken down of its own parameters at that moment.
         terms: of the last epoch, by logged name and batch: the values of the terms, without weight.
     """
 
     def __init__(self, habits: Habits, methods: Sequence[Any], data: dict[str, tuple[Tensor, Tensor]]) -> None:
         super().__init__(habits)
-        self.methods, self.data, self.active = list(methods), data, True
+        self.methods, self.data, self.active, self.adds_terms = list(methods), data, True, True
         self.seen: dict[int, tuple[Tensor, Tensor]] = {}
         self.terms: dict[str, dict[int, Tensor]] = {}
         self.measured: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
         self.head: dict[str, Tensor] = {}
+        self.own_at_end: dict[str, Tensor] = {}
+        self.inputs: Tensor | None = None
         self.prepared = False
 
     def setup(self, stage: str) -> None:
@@ -235,11 +240,13 @@ class WrittenCode(UserCode):
 
     def loss(self, x: Tensor, y: Tensor, batch_idx: int) -> Tensor:
         logits, features = self.net(x, with_features=True, **self.arguments())
-        active = self.methods if self.active else []
+        self.inputs = x
+        active = self.methods if self.active and self.adds_terms else []
         loss = self.criterion(logits.detach() if any(m.replaces_loss for m in active) else logits, y)
         with torch.autocast("cpu", enabled=False):
             for method in active:
                 loss = method.loss(self, loss, features.float(), y, batch_idx)
+        self.inputs = None
         self.seen.setdefault(batch_idx, (features.detach(), y))  # not again in the second closure of SAM
         return loss
 

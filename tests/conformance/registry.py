@@ -255,6 +255,16 @@ CALLBACKS = [
         failure=Failure("lightning_feat.callbacks.feature_shift_regularizer.l2_sp", "loss", call=3),
     ),
     Entry(
+        "FeatureShiftRegularizer (features)",
+        "regularizer",
+        {"form": "distillation", "weight": 0.1},
+        makes="FeatureShiftRegularizer",
+        written=[methods.StartingFeatures],
+        values=expected.terms,
+        refuses={**TERM, **NO_FSDP2},
+        failure=Failure("lightning_feat.callbacks.feature_shift_regularizer._penalty", "loss"),
+    ),
+    Entry(
         "PromptLearner",
         "head",
         {"depth": 2, "length": 2, "template": None, "gram_weight": methods.GRAM_WEIGHT},

@@ -17,7 +17,7 @@ def plain_loop(side, trainer_options):
     torch.manual_seed(1)
     module.prepare()
     for method in module.methods:
-        method.start = [p.detach().clone() for p in module.network.parameters()]
+        method.at_start(module)
     (optimizer,), (scheduler,) = module.configure_optimizers()
     for _ in range(2):
         batches = list(side.loader("train"))
