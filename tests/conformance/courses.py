@@ -33,7 +33,10 @@ def fit_together(side: Side) -> Run:
     """On several processes, which must end with the same weights."""
     run = fit(side)
     trained = {name: whole(parameter) for name, parameter in run.module.network.named_parameters()}
-    brought = [p for member, c in zip(side.entry.family(), run.callbacks, strict=True) for p in member.own(c)]
+    if side.ours:
+        brought = [p for member, c in zip(side.entry.family(), run.callbacks, strict=True) for p in member.own(c)]
+    else:
+        brought = [p for method in run.module.methods for p in method.own(run.module)]
     trained |= {f"own parameter {i}": p for i, p in enumerate(brought)}
     digests = everywhere({name: value.double().sum().item() for name, value in trained.items()})
     for name in trained:
