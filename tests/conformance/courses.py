@@ -16,8 +16,8 @@ import torch
 import yaml
 from conformance import modules
 from conformance.expected import everywhere
-from conformance.registry import Failure
 from conformance.modules import whole
+from conformance.registry import Failure
 from conformance.sides import Run, Side, patches
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI

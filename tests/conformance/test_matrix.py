@@ -15,7 +15,6 @@ from lightning_feat import callbacks
 BASES = {"MetricHistory", "Regularizer"}  # made to be derived from
 
 
-
 def cells(where):
     for entry in CALLBACKS:
         for condition in CONDITIONS:
