@@ -52,11 +52,12 @@ def adopt_sharded(module: LightningModule, key: str, submodule: nn.Module) -> No
     from torch.distributed.tensor import DTensor, Replicate, distribute_tensor  # torch.distributed is not everywhere
 
     _adopt(module, key, submodule)
+    mesh: Any = module.device_mesh  # there is one: the strategy has made it
     spread: dict[int, nn.Parameter] = {}  # one that stands in two places stays one
     for holder, name, parameter in _held(submodule):
         if not isinstance(parameter, DTensor):
             if id(parameter) not in spread:
-                data = distribute_tensor(parameter.detach(), module.device_mesh["data_parallel"], [Replicate()])
+                data = distribute_tensor(parameter.detach(), mesh["data_parallel"], [Replicate()])
                 spread[id(parameter)] = nn.Parameter(data, parameter.requires_grad)
             holder._parameters[name] = spread[id(parameter)]
     module._modules[_NAME].marked()  # type: ignore[union-attr,operator]
