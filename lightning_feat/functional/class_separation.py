@@ -22,6 +22,7 @@ from lightning_feat.functional.class_sums import (
     empty_class_sums,
     to_float64,
 )
+from lightning_feat.functional.shapes import check_shapes
 
 _BLOCK = 1024  # samples on either side of the cosines held at once: 8 MiB, and as many again for the angles
 
@@ -175,6 +176,7 @@ def sample_of_each_class(targets: Tensor, most: int, seed: int = 0, indices: Ten
         >>> sample_of_each_class(torch.tensor([7, 7, 3, 7, 3, 3]), most=1)
         tensor([0, 5])
     """
+    check_shapes(targets=(targets, "N", int))
     if most < 1 or targets.ndim != 1:
         raise ValueError(f"most={most} must be at least 1 and targets (N,) class indices, got {tuple(targets.shape)}")
     index_N = torch.arange(len(targets), device=targets.device) if indices is None else indices.to(targets.device)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
+from lightning_feat.functional.shapes import check_shapes
+
 GlobalMean = Literal["classes", "samples"]
 
 
@@ -70,8 +72,11 @@ def check_target_range(targets: Tensor, num_classes: int) -> None:
         )
 
 
-def _check_shapes(features: Tensor, targets: Tensor, num_classes: int) -> bool:
-    """Whether targets are soft; raise where the shapes or dtypes fit neither form of targets."""
+def check_batch(features: Tensor, targets: Tensor, num_classes: int, weights: Tensor | None = None) -> bool:
+    """Whether targets are soft; raise a ``ValueError`` where shapes, dtypes or class indices fit neither form.
+
+    Class indices are looked at on the CPU only: elsewhere it would make every batch wait for the device.
+    """
     soft = targets.ndim == 2 and targets.is_floating_point()
     wanted = (features.shape[0], num_classes) if soft else features.shape[:1]
     if features.ndim != 2 or targets.shape != wanted:
@@ -88,6 +93,9 @@ def _check_shapes(features: Tensor, targets: Tensor, num_classes: int) -> bool:
             f"rows of soft targets must be non-negative and sum to one; the sums lie between "
             f"{float(targets.sum(1).min()):.4g} and {float(targets.sum(1).max()):.4g}: apply softmax to logits first."
         )
+    if not soft and targets.device.type == "cpu":
+        check_target_range(targets, num_classes)
+    check_shapes(features=(features, "ND"), weights=(weights, "N"))
     return soft
 
 
@@ -103,7 +111,7 @@ def add_class_sums_(totals: ClassSums, features: Tensor, targets: Tensor, weight
     In place because C x D may be a thousand times the batch: hard targets touch N rows of ``totals.sums`` and no more.
     """
     num_classes = len(totals.counts)
-    soft = _check_shapes(features, targets, num_classes)
+    soft = check_batch(features, targets, num_classes, weights)
     # float64: near collapse a variance is a small difference of large sums, of which float32 keeps only rounding.
     h_ND = to_float64(features)
     targets = targets.to(h_ND.device)
@@ -114,8 +122,6 @@ def add_class_sums_(totals: ClassSums, features: Tensor, targets: Tensor, weight
         totals.sums.addmm_(member_NC.T, h_ND)
         totals.squares.addmv_(member_NC.T, square_N)
         return totals
-    if targets.device.type == "cpu":  # free there; elsewhere it would make every batch wait for the device
-        check_target_range(targets, num_classes)
     index_N, one_N = targets.long(), torch.ones_like(square_N)
     if weights is not None:
         one_N = weights.to(h_ND)
@@ -154,6 +160,7 @@ def class_sums(features: Tensor, targets: Tensor, num_classes: int, weights: Ten
 
 def second_moment(features: Tensor, weights: Tensor | None = None) -> Tensor:
     """Sum of the outer products of the features, ``(D, D)`` float64: ``8 D^2`` bytes, ``2 N D^2`` operations."""
+    check_shapes(features=(features, "ND"), weights=(weights, "N"))
     h_ND = to_float64(features)
     return (h_ND if weights is None else h_ND * weights.to(h_ND)[:, None]).T @ h_ND
 
@@ -234,7 +241,7 @@ def center_sums(
         ValueError: if shapes do not fit.
     """
     num_classes = len(centers.seen)
-    soft = _check_shapes(features, targets, num_classes)
+    soft = check_batch(features, targets, num_classes, weights)
     if logits is not None and logits.shape != (len(features), num_classes):
         raise ValueError(f"logits must be ({len(features)}, {num_classes}), got {tuple(logits.shape)}")
     h_ND = to_float64(features) - centers.origin

@@ -14,6 +14,7 @@ from torch.linalg import vector_norm
 
 from lightning_feat.functional.class_sums import CenterSums, ClassSums, class_means, to_float64
 from lightning_feat.functional.collapse_means import gram_error, simplex_gram
+from lightning_feat.functional.shapes import check_shapes
 
 
 def nc0(weight: Tensor) -> Tensor:
@@ -22,11 +23,13 @@ def nc0(weight: Tensor) -> Tensor:
     Takes the whole classifier, classes without samples included: the theorem is about the sum of all rows.
     Source: "NC0", ICLR 2026, arXiv 2602.16642.
     """
+    check_shapes(weight=(weight, "CD"))
     return to_float64(weight).sum(0).square().sum()
 
 
 def nc0_relative(weight: Tensor) -> Tensor:
     """:func:`nc0` over its largest value for rows of these norms in the mean square, ``C sum ||w_c||^2``; in [0, 1]."""
+    check_shapes(weight=(weight, "CD"))
     return nc0(weight) / (len(weight) * to_float64(weight).square().sum())
 
 
@@ -35,6 +38,7 @@ def nc3(weight: Tensor, means: Tensor) -> Tensor:
 
     Papyan, Han, Donoho (PNAS 2020) plot its square, :func:`nc3_squared`, in [0, 4].
     """
+    check_shapes(weight=(weight, "CD"), means=(means, "CD"))
     return gram_error(weight, means)
 
 
@@ -48,12 +52,14 @@ def nc3_centered_weight(weight: Tensor, means: Tensor) -> Tensor:
 
     Weight decay centres the rows by itself; after training with AdamW they stay off, and the plain form stays high.
     """
+    check_shapes(weight=(weight, "CD"), means=(means, "CD"))
     weight = to_float64(weight)
     return nc3(weight - weight.mean(0), means)
 
 
 def nc3_cosine(weight: Tensor, means: Tensor) -> Tensor:
     """Mean over classes of the cosine between the classifier row and the centred class mean; 1 at self-duality."""
+    check_shapes(weight=(weight, "CD"), means=(means, "CD"))
     return torch.cosine_similarity(to_float64(weight), to_float64(means), eps=0.0).mean()
 
 
@@ -62,6 +68,7 @@ def nc3_duality_error(weight: Tensor, means: Tensor) -> Tensor:
 
     Source: Zhu et al., NeurIPS 2021.
     """
+    check_shapes(weight=(weight, "CD"), means=(means, "CD"))
     product_CC = to_float64(weight) @ to_float64(means).T
     return gram_error(product_CC, simplex_gram(len(product_CC), product_CC.device))
 
@@ -71,12 +78,14 @@ def nc3_uniform_duality_var(weight: Tensor, means: Tensor) -> Tensor:
 
     Source: Wu and Papyan, "Linguistic collapse", 2024.
     """
+    check_shapes(weight=(weight, "CD"), means=(means, "CD"))
     product_C = (to_float64(weight) * to_float64(means)).sum(1)
     return product_C.var() if len(product_C) > 1 else product_C.new_full((), torch.nan)
 
 
 def bias_duality(weight: Tensor, bias: Tensor, global_mean: Tensor) -> Tensor:
     """Norm of ``W mu + b``, small where the bias undoes the global mean ``(D,)``; in the units of the logits."""
+    check_shapes(weight=(weight, "CD"), bias=(bias, "C"), global_mean=(global_mean, "D"))
     logit_norm: Tensor = vector_norm(to_float64(weight) @ to_float64(global_mean) + to_float64(bias))
     return logit_norm
 
@@ -100,6 +109,7 @@ def nc5_orthogonality(totals: ClassSums, outside_mean: Tensor) -> Tensor:
     Zero where what is out of distribution is orthogonal to all classes. Depends on the origin of the features.
     Source: Ben Ammar et al., "NECO", ICLR 2024.
     """
+    check_shapes(sums=(totals.sums, "CD"), outside_mean=(outside_mean, "D"))
     mean_SD = class_means(totals)[totals.counts > 0]
     return torch.cosine_similarity(mean_SD, to_float64(outside_mean)[None], eps=0.0).abs().mean()
 
@@ -118,6 +128,7 @@ def neco_subspace(totals: ClassSums, moment: Tensor, subspace_dim: int) -> NecoS
     Raises:
         ValueError: if ``subspace_dim`` is not between 1 and D.
     """
+    check_shapes(sums=(totals.sums, "CD"), moment=(moment, "DD"))
     width = len(moment)
     if not 1 <= subspace_dim <= width:
         raise ValueError(f"subspace_dim={subspace_dim}: choose from 1 to the width of the features, {width}")
@@ -137,6 +148,7 @@ def neco_scores(features: Tensor, subspace: NecoSubspace, logits: Tensor | None 
 
     Between 0 and 1, or times the largest logit where ``logits`` ``(N, C)`` are given, as the authors do in places.
     """
+    check_shapes(features=(features, "ND"), mean=(subspace.mean, "D"), logits=(logits, "NC"))
     z_ND = (to_float64(features) - subspace.mean) / subspace.scale
     score_N: Tensor = vector_norm(z_ND @ subspace.directions.T, dim=1) / vector_norm(z_ND, dim=1)
     return score_N if logits is None else score_N * to_float64(logits).amax(1)

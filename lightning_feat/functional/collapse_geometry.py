@@ -15,6 +15,7 @@ from torch.linalg import matrix_norm
 
 from lightning_feat.functional.class_sums import to_float64
 from lightning_feat.functional.collapse_means import cosine_matrix, gram_error, simplex_gram
+from lightning_feat.functional.shapes import check_shapes
 
 
 class OrthogonalFrame(NamedTuple):
@@ -51,11 +52,13 @@ def _checked_counts(counts: Tensor, *decays: float) -> Tensor:
 
 def orthogonal_frame_error(vectors: Tensor) -> Tensor:
     """Frobenius distance of the Gram matrix of ``(C, D)`` to the identity, both scaled to unit norm; not centred."""
+    check_shapes(vectors=(vectors, "CD"))
     return general_frame_error(vectors, torch.ones(len(vectors)))
 
 
 def general_frame_error(vectors: Tensor, squared_lengths: Tensor) -> Tensor:
     """The same against orthogonal vectors of given squared lengths ``(C,)``, such as :class:`OrthogonalFrame` holds."""
+    check_shapes(vectors=(vectors, "CD"), squared_lengths=(squared_lengths, "C"))
     vectors = to_float64(vectors)
     return gram_error(vectors @ vectors.T, torch.diag(to_float64(squared_lengths)).to(vectors.device))
 
@@ -220,6 +223,7 @@ def minority_cosine(vectors: Tensor, minority: Tensor) -> Tensor:
 
     It tends to one in minority collapse: Fang, He, Long, Su, PNAS 2021. Nan for fewer than two such classes.
     """
+    check_shapes(vectors=(vectors, "CD"), minority=(minority, "C", bool))
     chosen = cosine_matrix(vectors[minority.to(vectors.device)])
     row_P, column_P = torch.triu_indices(len(chosen), len(chosen), 1, device=chosen.device)
     return chosen[row_P, column_P].mean()
@@ -240,6 +244,7 @@ def free_features(weight: Tensor, targets: Tensor, feature_decay: float, max_ste
     Raises:
         ValueError: if ``feature_decay`` is not above zero, the shapes do not fit, or a value is not finite.
     """
+    check_shapes(weight=(weight, "CD"), targets=(targets, "NC"))
     if feature_decay <= 0:
         raise ValueError(f"feature_decay={feature_decay} must be above zero: without it mixed classes have no optimum")
     if weight.ndim != 2 or targets.ndim != 2 or targets.shape[1] != len(weight):

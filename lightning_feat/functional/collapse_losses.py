@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from lightning_feat.functional.class_sums import check_target_range
+from lightning_feat.functional.shapes import check_shapes
 from lightning_feat.functional.simplex import directions, prototype_cosines
 
 PushVariant: TypeAlias = Literal["per_class", "global", "frobenius"]
@@ -42,6 +43,7 @@ def dot_regression(features: Tensor, targets: Tensor, prototypes: Tensor) -> Ten
         >>> dot_regression(torch.tensor([[3.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 0]), corners)  # 0, 90 degrees
         tensor(0.2500)
     """
+    check_shapes(features=(features, "ND"), prototypes=(prototypes, "CD"))
     exact = torch.promote_types(prototypes.dtype, torch.float32)
     length_C = torch.linalg.vector_norm(prototypes, dim=1, dtype=exact)
     if targets.ndim == 2 and targets.is_floating_point():
@@ -65,6 +67,7 @@ def balanced_lengths(counts: Tensor) -> Tensor:
     Args:
         counts: samples of each class, ``(C,)``, in the data set or in the batch; of soft targets their sum over N.
     """
+    check_shapes(counts=(counts, "C"))
     n_C = counts.to(torch.promote_types(counts.dtype, torch.float32))
     seen_C = n_C > 0
     mean_count = n_C.sum() / seen_C.sum().clamp(min=1)
@@ -151,12 +154,6 @@ class _CutGradient(torch.autograd.Function):
 
 
 def _check_pairs(features: Tensor, targets: Tensor, vectors: Tensor) -> None:
-    if features.ndim != 2 or targets.shape != features.shape[:1] or features.shape[1] != vectors.shape[1]:
-        raise ValueError(
-            f"features (N, D), targets (N,) and one vector (C, D) for each class are needed, got "
-            f"{tuple(features.shape)}, {tuple(targets.shape)} and {tuple(vectors.shape)}."
-        )
-    if targets.is_floating_point():
-        raise ValueError(f"class indices must be integers, got {targets.dtype}: rounding would hide soft labels.")
+    check_shapes(features=(features, "ND"), targets=(targets, "N", int), class_vectors=(vectors, "CD"))
     if targets.device.type == "cpu":  # free there; elsewhere it would make every batch wait for the device
         check_target_range(targets, len(vectors))

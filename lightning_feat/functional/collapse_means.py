@@ -14,9 +14,11 @@ from torch import Tensor
 from torch.linalg import matrix_norm, vector_norm
 
 from lightning_feat.functional.class_sums import to_float64
+from lightning_feat.functional.shapes import check_shapes
 
 
 def _normalized(vectors: Tensor) -> Tensor:
+    check_shapes(vectors=(vectors, "SD"))
     v_SD = to_float64(vectors)
     unit_SD: Tensor = v_SD / vector_norm(v_SD, dim=1, keepdim=True)
     return unit_SD
@@ -36,6 +38,7 @@ def _pair_cosines(vectors: Tensor) -> Tensor:
 
 def gram_error(gram: Tensor, target: Tensor) -> Tensor:
     """Frobenius distance of two matrices scaled to unit norm: zero where proportional, at most 2, nan if empty."""
+    check_shapes(gram=(gram, "AB"), target=(target, "AB"))
     gram, target = to_float64(gram), to_float64(target)
     if gram.numel() == 0:
         return gram.new_full((), torch.nan)
@@ -52,12 +55,14 @@ def nc2_etf_error(vectors: Tensor) -> Tensor:
     r"""Distance to a simplex: :math:`\lVert G / \lVert G \rVert_F - (I - 11^\top/S) / \sqrt{S-1} \rVert_F`, with
     :math:`G = V V^\top`. It cannot reach zero when ``D < S - 1``. Source: Zhu et al., NeurIPS 2021.
     """
+    check_shapes(vectors=(vectors, "SD"))
     v_SD = to_float64(vectors)
     return gram_error(v_SD @ v_SD.T, simplex_gram(len(v_SD), v_SD.device))
 
 
 def nc2_equinorm(vectors: Tensor) -> Tensor:
     """Standard deviation (over S - 1) of the norms over their mean. Source: Papyan, Han, Donoho, PNAS 2020."""
+    check_shapes(vectors=(vectors, "SD"))
     norm_S: Tensor = vector_norm(to_float64(vectors), dim=1)
     return norm_S.std() / norm_S.mean() if len(norm_S) > 1 else norm_S.new_full((), torch.nan)
 
@@ -152,6 +157,7 @@ def nc3_subspace_angle(basis: Tensor, means: Tensor) -> Tensor:
         basis: ``(C, k, D)``, orthonormal rows.
         means: ``(C, D)`` class means; rows that are nan (no samples) or zero are left out.
     """
+    check_shapes(basis=(basis, "CkD"), means=(means, "CD"))
     basis_CkD, mean_CD = to_float64(basis), to_float64(means)
     inside_Ck = torch.einsum("ckd,cd->ck", basis_CkD, mean_CD)
     outside_CD = mean_CD - torch.einsum("ckd,ck->cd", basis_CkD, inside_Ck)

@@ -16,10 +16,12 @@ from lightning_feat.functional.class_sums import (
     GlobalMean,
     between_class_directions,
     centered_class_means,
+    check_batch,
     class_means,
     class_variances,
     to_float64,
 )
+from lightning_feat.functional.shapes import check_shapes
 
 
 def _nan_like(values: Tensor) -> Tensor:
@@ -28,6 +30,7 @@ def _nan_like(values: Tensor) -> Tensor:
 
 def within_class_covariance(totals: ClassSums, moment: Tensor) -> Tensor:
     r"""``(D, D)``: :math:`\Sigma_W = \frac1N \sum_i (h_i - \mu_{y_i})(h_i - \mu_{y_i})^\top`, over N and not N - C."""
+    check_shapes(sums=(totals.sums, "CD"), moment=(moment, "DD"))
     seen_C = totals.counts > 0
     sums_SD = totals.sums[seen_C]
     return (moment - sums_SD.T @ (sums_SD / totals.counts[seen_C, None])) / totals.counts.sum()
@@ -42,6 +45,8 @@ def within_class_scatter(
     spectrum stays right where classes have collapsed. The arguments are those of ``center_sums``; soft targets, by
     which a sample belongs to several classes, subtract only the global mean first.
     """
+    check_shapes(features=(features, "ND"), origin=(centers.origin, "D"))
+    check_batch(features, targets, len(centers.seen), weights)
     h_ND, targets = to_float64(features) - centers.origin, targets.to(centers.origin.device)
     weight_N = h_ND.new_ones(len(h_ND)) if weights is None else weights.to(h_ND)
     if targets.ndim == 1:
@@ -59,6 +64,7 @@ def nc1_pinv(totals: ClassSums, moment: Tensor, global_mean: GlobalMean = "class
     :math:`\Sigma_B = \frac1S \sum_c m_c m_c^\top` counts every class once. Its pseudo-inverse keeps the (at most S - 1)
     directions of the class means alone. Source: Papyan, Han, Donoho, PNAS 2020.
     """
+    check_shapes(sums=(totals.sums, "CD"), moment=(moment, "DD"))
     value_R, direction_RD = between_class_directions(totals, global_mean)
     if len(value_R) == 0:
         return _nan_like(totals.counts)
@@ -162,6 +168,7 @@ def variability_collapse_index(totals: ClassSums, moment: Tensor, global_mean: G
     Costs the eigenvectors of a ``(D, D)`` matrix. Source: Xu and Liu, "Quantifying the variability collapse of neural
     networks", ICML 2023.
     """
+    check_shapes(sums=(totals.sums, "CD"), moment=(moment, "DD"))
     value_R, _ = between_class_directions(totals, global_mean)
     if len(value_R) == 0 or not moment.isfinite().all():
         return _nan_like(totals.counts)
@@ -191,6 +198,7 @@ def covariance_spectrum(covariance: Tensor) -> Tensor:
 
     Takes 0.15 s at D = 1024 and 0.7 s at D = 2048 on one CPU core.
     """
+    check_shapes(covariance=(covariance, "DD"))
     if not covariance.isfinite().all():
         return covariance.new_full(covariance.shape[:1], torch.nan)
     value_D: Tensor = torch.linalg.eigvalsh(covariance).flip(0)

@@ -11,6 +11,7 @@ from torch.nn.functional import normalize as unit_length
 
 from lightning_feat.functional.grassmann_geodesic import full_precision, geodesic_
 from lightning_feat.functional.lengths import tamed
+from lightning_feat.functional.shapes import check_shapes
 
 __all__ = [
     "chordal_distance",
@@ -97,6 +98,7 @@ def principal_angles(a: Tensor, b: Tensor) -> Tensor:
 
 def svdvals_or_nan(matrices: Tensor) -> Tensor:
     """Singular values ``(..., k)`` in float32 at least, nan where a matrix is not finite: ``svdvals`` would raise."""
+    check_shapes(matrices=(matrices, "*AB"))
     matrices = matrices.to(torch.promote_types(matrices.dtype, torch.float32))
     finite = matrices.isfinite().all(-1).all(-1)[..., None]
     values = torch.linalg.svdvals(torch.where(finite[..., None], matrices, 0.0))
@@ -129,6 +131,7 @@ def orthonormality_error(basis: Tensor) -> Tensor:
 
     In float32 at least. A float32 basis has about 1e-6 of it from rounding alone; one rounded to bfloat16 4e-3.
     """
+    check_shapes(basis=(basis, "*kD"))
     rows = basis.to(torch.promote_types(basis.dtype, torch.float32))
     with full_precision(basis.device):
         gram = rows @ rows.mT
@@ -159,6 +162,7 @@ def polar_projection(basis: Tensor) -> Tensor:
         tensor([[[1., 0., 0.],
                  [0., 1., 0.]]])
     """
+    check_shapes(basis=(basis, "*kD"))
     if basis.numel() == 0:
         return basis.clone(memory_format=torch.contiguous_format)
     if not bool(basis.isfinite().all()):
@@ -216,6 +220,7 @@ def tangent_projection(basis: Tensor, vector: Tensor) -> Tensor:
 
     Both ``(..., k, D)``; differentiable. It makes a Riemannian gradient of a Euclidean one.
     """
+    check_shapes(basis=(basis, "*kD"), vector=(vector, "*kD"))
     with full_precision(basis.device):
         return _outside(vector, basis)
 
@@ -225,10 +230,6 @@ def _outside(vector: Tensor, basis: Tensor) -> Tensor:
 
 
 def _smaller_first(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    if a.ndim < 2 or b.ndim < 2 or a.shape[-1] != b.shape[-1]:
-        raise ValueError(
-            f"subspaces to compare need bases (..., k, D) and (..., l, D) of one width D, got {tuple(a.shape)} and "
-            f"{tuple(b.shape)}: store a basis as rows."
-        )
+    check_shapes(a=(a, "*kD"), b=(b, "*lD"))
     exact = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
     return (a.to(exact), b.to(exact)) if a.shape[-2] <= b.shape[-2] else (b.to(exact), a.to(exact))

@@ -25,6 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_feat.functional.shapes import check_shapes
+
 # Terms of the two series: for |H| <= 1 the first one left out is 1 / 12! = 2e-9 or 1 / 18! = 2e-16 at most.
 _DEGREE = {torch.float32: 5, torch.float64: 8}
 # Rounding moves H by eps |H|, so a turn of t radians leaves the end orthonormal to eps t^2 only: 2e-2 for 512 rad in
@@ -187,6 +189,7 @@ def cos_and_sinc(h: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: if ``h`` is neither float32 nor float64.
     """
+    check_shapes(h=(h, "Bkk"))
     if h.dtype not in _DEGREE:
         raise ValueError(f"cos_and_sinc needs float32 or float64, got {h.dtype}: keep the basis in float32.")
     # Detached: the number of doublings is constant, but the gradient of log2 at zero would make NaN of that.

@@ -6,6 +6,9 @@ Shapes: N examples, C classes.
 import torch
 from torch import Tensor
 
+from lightning_feat.functional.class_sums import check_target_range
+from lightning_feat.functional.shapes import check_shapes
+
 
 def highest_losses(losses: Tensor, targets: Tensor, per_class: Tensor) -> Tensor:
     """Mask ``(N,)`` of the examples with the highest losses, ``per_class[c]`` of class c; of equal ones the first.
@@ -22,10 +25,13 @@ def highest_losses(losses: Tensor, targets: Tensor, per_class: Tensor) -> Tensor
         >>> highest_losses(torch.tensor([1.0, 3.0, 2.0, 0.5]), torch.tensor([0, 0, 0, 1]), torch.tensor([2, 1]))
         tensor([False,  True,  True,  True])
     """
-    if losses.shape != targets.shape or losses.isnan().any():
-        raise ValueError(
-            f"losses {tuple(losses.shape)} must give one number for each of the {len(targets)} examples, none NaN."
-        )
+    check_shapes(losses=(losses, "N"), targets=(targets, "N", int), per_class=(per_class, "C", int))
+    if losses.isnan().any():
+        raise ValueError(f"{int(losses.isnan().sum())} of {len(losses)} losses are NaN: an order needs numbers.")
+    if len(targets) and int(targets.min()) < 0:
+        raise ValueError(f"a target is {int(targets.min())}: class indices begin at 0.")
+    if len(per_class) and int(per_class.min()) < 0:
+        raise ValueError(f"per_class has {int(per_class.min())}: give how many examples of each class, 0 or more.")
     targets = targets.long()  # as an index, uint8 is a mask
     count_C = targets.bincount(minlength=len(per_class))
     if len(count_C) != len(per_class):
@@ -40,10 +46,13 @@ def highest_losses(losses: Tensor, targets: Tensor, per_class: Tensor) -> Tensor
 
 def random_examples(targets: Tensor, per_class: Tensor, seed: int = 0) -> Tensor:
     """Mask ``(N,)`` of ``per_class[c]`` examples of each class c, drawn at random; the same on every device."""
+    check_shapes(targets=(targets, "N", int), per_class=(per_class, "C", int))
     generator = torch.Generator().manual_seed(seed)
     return highest_losses(torch.rand(len(targets), generator=generator).to(targets.device), targets, per_class)
 
 
 def misclassified(logits: Tensor, targets: Tensor) -> Tensor:
     """Mask ``(N,)`` of the examples whose highest logit is not that of their class; logits are ``(N, C)``."""
+    check_shapes(logits=(logits, "NC"), targets=(targets, "N", int))
+    check_target_range(targets, logits.shape[1])
     return logits.argmax(1) != targets

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
+from lightning_feat.functional.shapes import check_shapes
+
 _SMALLEST, _LARGEST = 1e-10, 1e15
 
 
@@ -19,6 +21,7 @@ def tamed(vectors: Tensor) -> tuple[Tensor, Tensor]:
         tensor([[3., 4.],
                 [0., 1.]])
     """
+    check_shapes(vectors=(vectors, "*D"))
     if vectors.shape[-1] == 0:
         return vectors, vectors.new_ones(*vectors.shape[:-1], 1)
     largest = vectors.detach().abs().amax(-1, keepdim=True)

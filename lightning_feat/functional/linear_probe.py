@@ -15,6 +15,7 @@ from torch.nn.functional import normalize as unit_length
 
 from lightning_feat.functional.class_separation import sample_of_each_class
 from lightning_feat.functional.class_sums import check_target_range, to_float64
+from lightning_feat.functional.shapes import check_shapes
 
 Scaling: TypeAlias = Literal["standardize", "unit", "none"]
 
@@ -86,7 +87,7 @@ def linear_probe(
         "test": (test_features, test_targets),
     }
     for name, (features, targets) in parts.items():
-        _check_part(name, features, targets, train_features.shape[-1])
+        _check_part(name, features, targets, _width(train_features))
     if len(penalties) == 0 or not all(0 < penalty < math.inf for penalty in penalties):
         raise ValueError(
             f"penalties={list(penalties)}: give at least one, all positive; without one the fit may run away."
@@ -132,7 +133,7 @@ def fit_logistic_regression(features: Tensor, targets: Tensor, num_classes: int,
         ValueError: if shapes do not fit, there are no samples, features are not finite, a class index is out of range,
             or the penalty is not positive.
     """
-    _check_part("given", features, targets, features.shape[-1])
+    _check_part("given", features, targets, _width(features))
     check_target_range(targets, num_classes)
     if not 0 < penalty < math.inf:
         raise ValueError(f"penalty={penalty} must be positive: without one the fit may run away.")
@@ -146,6 +147,7 @@ def hold_out(targets: Tensor, share: float = 0.2, seed: int = 0) -> Tensor:
         >>> hold_out(torch.tensor([0, 0, 0, 0, 1, 1, 2]), share=0.5).sum()
         tensor(3)
     """
+    check_shapes(targets=(targets, "N", int))
     if not 0 < share < 1:
         raise ValueError(f"share={share}: hold out more than nothing and less than all.")
     held_N = torch.zeros(len(targets), dtype=torch.bool)
@@ -155,6 +157,10 @@ def hold_out(targets: Tensor, share: float = 0.2, seed: int = 0) -> Tensor:
         if most:
             held_N[members[sample_of_each_class(targets[members], most, seed, members)].cpu()] = True
     return held_N.to(targets.device)
+
+
+def _width(features: Tensor) -> int:
+    return features.shape[-1] if features.ndim else 0
 
 
 def _check_part(name: str, features: Tensor, targets: Tensor, width: int) -> None:

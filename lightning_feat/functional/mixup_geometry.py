@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_feat.functional.class_sums import to_float64
+from lightning_feat.functional.class_sums import check_target_range, to_float64
+from lightning_feat.functional.shapes import check_shapes
 
 _TINY = torch.finfo(torch.float64).tiny  # only zero is left without a direction
 _ITERATIONS = 200  # of Newton's method; about ten are taken
@@ -93,6 +94,7 @@ def free_features(targets: Tensor, weight: Tensor, feature_decay: float) -> Tens
     Raises:
         ValueError: if the rows are no simplex.
     """
+    check_shapes(targets=(targets, "*C"), weight=(weight, "CD"))
     w_CD = to_float64(weight.detach())
     num_classes = len(w_CD)
     length = float(w_CD.square().sum(1).mean().sqrt())
@@ -125,6 +127,7 @@ def free_slope(margin: Tensor, shares: Tensor, num_classes: int) -> Tensor:
         shares: ``(L,)``, the shares of the first class that were mixed, each as often.
         num_classes: C, of which all but two get nothing.
     """
+    check_shapes(margin=(margin, ""), shares=(shares, "L"))
     share_L = to_float64(shares)
     strength = strength_of_margin(margin, num_classes)
     if not bool(strength.isfinite()):
@@ -152,14 +155,12 @@ def mix_sums(
     Raises:
         ValueError: if the shapes do not fit, or a share is not between 0 and 1.
     """
-    size = len(features)
-    fits = features.ndim == 2 and logits.shape == (size, len(weight)) and weight.shape[1] == features.shape[1]
-    if not fits or not first.shape == second.shape == shares.shape == (size,):
-        raise ValueError(
-            f"need features (N, D), logits (N, C), weight (C, D) and first, second, shares (N,), got "
-            f"{[tuple(entry.shape) for entry in (features, logits, weight, first, second, shares)]}."
-        )
-    if size and not bool(((shares > 0) & (shares < 1)).all()):
+    check_shapes(features=(features, "ND"), logits=(logits, "NC"), weight=(weight, "CD"))
+    for name, classes in (("first", first), ("second", second)):
+        check_shapes(features=(features, "ND"), shares=(shares, "N"), **{name: (classes, "N", int)})
+        if classes.device.type == "cpu":  # elsewhere it would make every batch wait for the device
+            check_target_range(classes, len(weight))
+    if len(features) and not bool(((shares > 0) & (shares < 1)).all()):
         raise ValueError("shares must lie between 0 and 1, and be neither: such samples are not mixed.")
     h_ND, z_NC, w_CD = (to_float64(entry.detach()) for entry in (features, logits, weight))
     w_CD = w_CD - w_CD.mean(0)  # softmax does not see what all rows share
@@ -191,6 +192,7 @@ def draw_pairs(targets: Tensor, count: int, generator: torch.Generator | None = 
         count: of each kind.
         generator: on the CPU, for draws that repeat.
     """
+    check_shapes(targets=(targets, "N", int))
     order_N = targets.cpu().argsort(stable=True)  # a class is a run of places in this order
     _, class_N, size_C = targets.cpu()[order_N].unique(return_inverse=True, return_counts=True)
     size_N, start_N = size_C[class_N], (size_C.cumsum(0) - size_C)[class_N]
@@ -219,6 +221,7 @@ def plane_residual(features: Tensor, first: Tensor, second: Tensor) -> Tensor:
         first: ``(N, D)``, with
         second: ``(N, D)`` not parallel to it.
     """
+    check_shapes(features=(features, "ND"), first=(first, "ND"), second=(second, "ND"))
     h_ND, u_ND, v_ND = (to_float64(entry) for entry in (features, first, second))
     u_ND, v_ND = (torch.nn.functional.normalize(entry, eps=_TINY) for entry in (u_ND, v_ND))
     v_ND = torch.nn.functional.normalize(v_ND - (v_ND * u_ND).sum(1, keepdim=True) * u_ND)
@@ -241,6 +244,7 @@ def mix_measures(totals: MixSums, shares: Tensor, num_classes: int) -> dict[str,
         shares: ``(L,)``, the shares that were mixed, each as often.
         num_classes: C.
     """
+    check_shapes(shares=(shares, "L"))
     one, two = totals.counts
     return {
         "same_class_cosine": totals.cosines / one,

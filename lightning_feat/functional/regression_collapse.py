@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.linalg import matrix_norm, vector_norm
 
 from lightning_feat.functional.class_sums import to_float64
+from lightning_feat.functional.shapes import check_shapes
 
 
 class RegressionOptimum(NamedTuple):
@@ -24,6 +25,7 @@ class RegressionOptimum(NamedTuple):
 
 def target_covariance(targets: Tensor) -> Tensor:
     """Covariance ``(n, n)`` of the targets ``(N, n)``, over N and not N - 1."""
+    check_shapes(targets=(targets, "Nn"))
     y_Nn = to_float64(targets)
     centered = y_Nn - y_Nn.mean(0)
     return centered.T @ centered / len(y_Nn)
@@ -48,6 +50,7 @@ def nrc1(features: Tensor, num_targets: int, centered: bool = True) -> Tensor:
     Raises:
         ValueError: if ``num_targets`` is not between 1 and D.
     """
+    check_shapes(features=(features, "ND"))
     if not 1 <= num_targets <= features.shape[1]:
         raise ValueError(f"num_targets={num_targets}: from 1 to the width of the features, {features.shape[1]}")
     h_ND = to_float64(features)
@@ -60,6 +63,7 @@ def nrc1(features: Tensor, num_targets: int, centered: bool = True) -> Tensor:
 
 def nrc2(features: Tensor, weight: Tensor) -> Tensor:
     """Share of the normalised features ``(N, D)`` outside the row space of the head ``(n, D)``, in [0, 1]."""
+    check_shapes(features=(features, "ND"), weight=(weight, "nD"))
     w_nD = to_float64(weight)
     if not w_nD.isfinite().all() or w_nD.numel() == 0:
         return w_nD.new_full((), torch.nan)
@@ -88,6 +92,7 @@ def nrc3(weight: Tensor, covariance: Tensor, gamma: Tensor | float) -> Tensor:
     Returns:
         Scalar; nan for a single output, where every head fits.
     """
+    check_shapes(weight=(weight, "nD"), covariance=(covariance, "nn"))
     w_nD, root_nn = to_float64(weight), _root(covariance)
     if len(w_nD) < 2:
         return w_nD.new_full((), torch.nan)
@@ -103,6 +108,7 @@ def nrc3_best_gamma(weight: Tensor, covariance: Tensor) -> Tensor:
 
     The cosine of :math:`W W^\top` and :math:`\Sigma^{1/2} - t I` has one stationary point in t: it or an end is best.
     """
+    check_shapes(weight=(weight, "nD"), covariance=(covariance, "nn"))
     w_nD, root_nn = to_float64(weight), _root(covariance)
     gram_nn = w_nD @ w_nD.T
     inner, trace, size = (gram_nn * root_nn).sum(), gram_nn.trace(), len(gram_nn)
@@ -118,6 +124,7 @@ def nrc3_best_gamma(weight: Tensor, covariance: Tensor) -> Tensor:
 
 def nrc3_gamma_from_traces(weight: Tensor, covariance: Tensor) -> Tensor:
     r"""Gamma that gives :math:`\Sigma^{1/2} - \gamma^{1/2} I` the trace of :math:`W W^\top`; zero where none does."""
+    check_shapes(weight=(weight, "nD"), covariance=(covariance, "nn"))
     w_nD = to_float64(weight)
     return ((_root(covariance).trace() - w_nD.square().sum()) / len(w_nD)).clamp(min=0).square()
 
@@ -135,6 +142,7 @@ def regression_optimum(targets: Tensor, weight_decay: float, feature_decay: floa
         ValueError: if a decay is not above zero: without it nothing collapses; or if the targets are empty or not
             finite.
     """
+    check_shapes(targets=(targets, "Nn"))
     if min(weight_decay, feature_decay) <= 0:
         raise ValueError(f"weight_decay={weight_decay} and feature_decay={feature_decay} must both be above zero")
     y_Nn = to_float64(targets)
@@ -154,6 +162,7 @@ def explained_variance_ratio(features: Tensor, num_components: int = 5) -> Tenso
 
     Fewer where N or D is less; nan where there is no variance, or features are not finite.
     """
+    check_shapes(features=(features, "ND"))
     h_ND = to_float64(features)
     if not h_ND.isfinite().all() or len(h_ND) == 0:  # svdvals would raise
         return h_ND.new_full((min(num_components, *h_ND.shape),), torch.nan)
@@ -171,6 +180,7 @@ def two_neighbor_dimension(features: Tensor) -> Tensor:
     Args:
         features: ``(N, D)``, features or targets, at least three samples apart.
     """
+    check_shapes(features=(features, "ND"))
     h_ND = to_float64(features)
     if len(h_ND) < 3:
         return h_ND.new_full((), torch.nan)

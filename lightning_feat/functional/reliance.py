@@ -9,6 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_feat.functional.class_sums import check_target_range
+from lightning_feat.functional.shapes import check_shapes
+
 Measure = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -25,7 +28,8 @@ def accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
 
     Scalar, float64, as all that this file gives.
     """
-    _check(outputs.argmax(1) if outputs.ndim == 2 else outputs, targets)
+    check_shapes(outputs=(outputs, "NC"), targets=(targets, "N", int))
+    check_target_range(targets, outputs.shape[1])
     return (outputs.argmax(1) == targets).double().mean()
 
 
@@ -67,8 +71,14 @@ def permuted_block(inputs: Tensor, block: Tensor, order: Tensor) -> Tensor:
     """
     if block.dtype != torch.bool:
         raise ValueError(f"block must be bool, True where the block is, got {block.dtype}.")
-    if order.shape != inputs.shape[:1]:
-        raise ValueError(f"order {tuple(order.shape)} must give one index for each of the {len(inputs)} inputs.")
+    check_shapes(order=(order, "N", int))
+    if order.shape != inputs.shape[:1] or (order.device.type == "cpu" and len(order) and not _in_range(order)):
+        raise ValueError(
+            f"order {tuple(order.shape)} must give one index for each of the inputs {tuple(inputs.shape)}."
+        )
+    fits = all(size in (1, whole) for size, whole in zip(block.shape[::-1], inputs.shape[:0:-1], strict=False))
+    if block.ndim >= inputs.ndim or not fits:
+        raise ValueError(f"block {tuple(block.shape)} is not the shape of one input {tuple(inputs.shape[1:])}.")
     return torch.where(block, inputs[order], inputs)
 
 
@@ -113,6 +123,8 @@ def block_randomized(
     """
     if repeats < 1:
         raise ValueError(f"repeats={repeats} must be at least 1.")
+    if inputs.shape[:1] != targets.shape:
+        raise ValueError(f"inputs {tuple(inputs.shape)} and targets {tuple(targets.shape)} must be (N, ...) and (N,).")
     generator = torch.Generator().manual_seed(seed)
     found = []
     for _ in range(repeats):
@@ -147,6 +159,8 @@ def feature_reliance(predictions: Tensor, feature: Tensor, num_classes: int) -> 
     _check(predictions, feature)
     if num_classes < 2:
         raise ValueError(f"num_classes={num_classes}: reliance needs at least two classes.")
+    for classes in (predictions, feature):
+        check_target_range(classes, num_classes)
     return ((predictions == feature).double().mean() - 1 / num_classes) / (1 - 1 / num_classes)
 
 
@@ -197,9 +211,14 @@ recall=tensor(0.3333, dtype=torch.float64))
     return SelectionQuality(selected.double().mean(), met / selected.sum(), met / wanted.sum())
 
 
+def _in_range(order: Tensor) -> bool:
+    return int(order.min()) >= 0 and int(order.max()) < len(order)
+
+
 def _check(predictions: Tensor, targets: Tensor) -> None:
-    if predictions.ndim != 1 or predictions.shape != targets.shape or predictions.is_floating_point():
+    if predictions.ndim != 1 or predictions.is_floating_point():
         raise ValueError(
-            f"classes (N,) are needed, got {predictions.dtype} {tuple(predictions.shape)} and {targets.dtype} "
-            f"{tuple(targets.shape)}: take the argmax of outputs first."
+            f"predictions must be classes (N,), got {predictions.dtype} {tuple(predictions.shape)}: take the argmax of "
+            "outputs first."
         )
+    check_shapes(predictions=(predictions, "N"), targets=(targets, "N", int))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_feat.functional.lengths import tamed
+from lightning_feat.functional.shapes import check_shapes
 
 _ZERO_LENGTH = 1e-8  # features shorter than this have no direction; the bound is that of Yang et al., NeurIPS 2022
 _SPARSE_TOLERANCE = 1e-7  # of the cosines: near what float32 prototypes keep
@@ -100,6 +101,7 @@ def prototype_cosines(features: Tensor, prototypes: Tensor) -> Tensor:
 
 def directions(features: Tensor, at_least: torch.dtype = torch.float32) -> Tensor:
     """Features ``(..., D)`` divided by their lengths, in float32 at least; those shorter than 1e-8 become zero."""
+    check_shapes(features=(features, "*D"))
     dtype = torch.promote_types(torch.promote_types(features.dtype, torch.float32), at_least)
     exact = features.to(dtype)
     exact, size = tamed(exact)

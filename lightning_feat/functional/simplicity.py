@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_feat.functional.shapes import check_shapes
+
 _BLOCK_BYTES = 256 * 2**20  # of the outputs of the classes that are clustered at once
 
 
@@ -166,6 +168,7 @@ def useful_indices(
     """
     if factor < 1:
         raise ValueError(f"factor={factor} must be at least 1; the paper takes 2.")
+    check_shapes(targets=(targets, "N", int))
     if num_classes is None:
         num_classes = int(targets.max()) + 1 if len(targets) else 0
     slow_N = slow_examples(outputs, losses, targets, num_classes, seed=seed).slow

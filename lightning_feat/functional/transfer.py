@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_feat.functional.class_sums import ClassSums, class_means, class_variances, to_float64
+from lightning_feat.functional.shapes import check_shapes
 
 
 class FewShotError(NamedTuple):
@@ -44,8 +45,7 @@ def few_shot_error(
     Raises:
         ValueError: if shapes or numbers do not fit, or fewer than two classes (or than asked for) have samples enough.
     """
-    if features.ndim != 2 or targets.shape != features.shape[:1]:
-        raise ValueError(f"need features (N, D) and targets (N,), got {tuple(features.shape)}, {tuple(targets.shape)}")
+    check_shapes(features=(features, "ND"), targets=(targets, "N", int))
     if shots < 1 or episodes < 1:
         raise ValueError(f"shots={shots} and episodes={episodes}: both must be at least 1")
     h_ND, target_N = to_float64(features), targets.cpu()

@@ -256,5 +256,5 @@ def test_what_has_no_optimum_is_refused():
         geometry.mse_orthogonal_frame(COUNTS, 0.1, 0.1, num_layers=0)
     with pytest.raises(ValueError, match=r"feature_decay=0\.0 must be above zero"):
         geometry.free_features(torch.eye(3), torch.eye(3), 0.0)
-    with pytest.raises(ValueError, match=r"targets must be \(N, 3\)"):
+    with pytest.raises(ValueError, match=r"targets must be \(N, C\) with C = 3"):
         geometry.free_features(torch.eye(3), torch.arange(3), 0.1)

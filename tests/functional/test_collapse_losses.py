@@ -183,10 +183,10 @@ def test_half_precision_features_are_regressed_in_float32(dtype):
 @pytest.mark.parametrize(
     ("call", "text"),
     [
-        (lambda h, y, e: dot_regression(h, y.float(), e), "class indices must be integers, got torch.float32"),
+        (lambda h, y, e: dot_regression(h, y.float(), e), "targets must be whole numbers, got torch.float32"),
         (lambda h, y, e: dot_regression(h, torch.ones(12, 3), e), r"soft targets must be \(12, 5\), got \(12, 3\)"),
-        (lambda h, y, e: dot_regression(h[:, :3], y, e), r"got \(12, 3\), \(12,\) and \(5, 7\)"),
-        (lambda h, y, e: within_class_pull(h, y[:4], e), r"got \(12, 7\), \(4,\) and \(5, 7\)"),
+        (lambda h, y, e: dot_regression(h[:, :3], y, e), r"prototypes must be \(C, D\) with D = 3, got \(5, 7\)"),
+        (lambda h, y, e: within_class_pull(h, y[:4], e), r"targets must be \(N,\) with N = 12, got \(4,\)"),
         (lambda h, y, e: between_class_push(e[:1]), r"two classes or more, got \(1, 7\)"),
         (lambda h, y, e: between_class_push(e, "all"), "variant='all': choose 'per_class', 'global' or 'frobenius'"),
     ],

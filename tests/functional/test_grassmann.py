@@ -180,7 +180,7 @@ def test_distances_have_a_gradient_and_a_finite_one_at_zero(distance):
 
 
 def test_bases_of_different_widths_are_refused():
-    with pytest.raises(ValueError, match="one width D"):
+    with pytest.raises(ValueError, match=r"b must be \(\.\.\., l, D\) with D = 3, got \(2, 4\)"):
         principal_angles(torch.zeros(2, 3), torch.zeros(2, 4))
 
 

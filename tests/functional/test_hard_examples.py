@@ -32,8 +32,8 @@ def test_misclassified():
 @pytest.mark.parametrize(
     ("losses", "per_class", "text"),
     [
-        (torch.tensor([1.0, torch.nan]), torch.tensor([1, 1]), "none NaN"),
-        (torch.zeros(3), torch.tensor([1, 1]), "each of the 2 examples"),
+        (torch.tensor([1.0, torch.nan]), torch.tensor([1, 1]), "1 of 2 losses are NaN"),
+        (torch.zeros(3), torch.tensor([1, 1]), r"targets must be \(N,\) with N = 3, got \(2,\)"),
         (torch.zeros(2), torch.tensor([1]), "there is a target 1"),
     ],
 )

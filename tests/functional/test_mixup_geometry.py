@@ -157,7 +157,7 @@ def test_a_share_of_zero_is_refused():
     h, z, w, first, second, _ = a_mix()
     with pytest.raises(ValueError, match="between 0 and 1"):
         mix_sums(h, z, w, first, second, torch.zeros(40))
-    with pytest.raises(ValueError, match="need features"):
+    with pytest.raises(ValueError, match=r"weight must be \(C, D\) with C = 3 and D = 6"):
         mix_sums(h, z[:, :3], w, first, second, torch.zeros(40))
 
 

@@ -159,8 +159,8 @@ def test_quality_of_a_selection_by_counting():
 @pytest.mark.parametrize(
     ("call", "text"),
     [
-        (lambda: accuracy(torch.zeros(4), torch.zeros(4).long()), "take the argmax"),
-        (lambda: accuracy(torch.zeros(4, 2), torch.zeros(3).long()), r"classes \(N,\) are needed"),
+        (lambda: accuracy(torch.zeros(4), torch.zeros(4).long()), r"outputs must be \(N, C\), got \(4,\)"),
+        (lambda: accuracy(torch.zeros(4, 2), torch.zeros(3).long()), r"targets must be \(N,\) with N = 4, got \(3,\)"),
         (lambda: binary_auc(torch.zeros(4, 3), torch.zeros(4)), "with more classes take the accuracy"),
         (lambda: binary_auc(torch.zeros(3), torch.tensor([0, 1, 2])), "targets 0 or 1"),
         (lambda: permuted_block(torch.zeros(3, 2), torch.ones(2), torch.arange(3)), "block must be bool"),

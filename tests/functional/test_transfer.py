@@ -73,5 +73,5 @@ def test_what_cannot_be_drawn_is_named():
         few_shot_error(*clouds(1.0), shots=1, classes_per_episode=7)
     with pytest.raises(ValueError, match="both must be at least 1"):
         few_shot_error(*clouds(1.0), shots=0)
-    with pytest.raises(ValueError, match=r"need features \(N, D\)"):
+    with pytest.raises(ValueError, match=r"features must be \(N, D\)"):
         few_shot_error(torch.ones(3), torch.ones(3), 1)

@@ -176,6 +176,7 @@ CASES: dict[str, Case] = {
     "class_separation.sample_of_each_class": Case(lambda w: (w.targets(), 2)),
     "class_sums.accumulation_device": Case(lambda w: (cpu,)),
     "class_sums.to_float64": Case(lambda w: (w.features(),), degree=1, samples="along", gradient=True),
+    "class_sums.check_batch": Case(lambda w: (*_features(w), w.weights())),
     "class_sums.check_target_range": Case(lambda w: (w.targets(), w.num_classes)),
     "class_sums.empty_class_sums": Case(lambda w: (w.num_classes, w.num_features)),
     "class_sums.add_class_sums_": Case(
@@ -415,6 +416,7 @@ CASES: dict[str, Case] = {
     "reliance.selection_quality": Case(lambda w: (w.mask("a"), w.mask("b")), samples="nothing"),
     "separating_epoch.separating_epoch": Case(_curve),
     "separating_epoch.knee_reached": Case(_curve),
+    "shapes.check_shapes": Case(lambda w: (), lambda w: {"features": (w.features(), "ND")}),
     "simplex.simplex_prototypes": Case(lambda w: (w.num_classes, w.num_features)),
     "simplex.sparse_simplex_prototypes": Case(lambda w: (w.num_classes, w.num_features, 0.1)),
     "simplex.prototype_cosines": F32(
@@ -432,4 +434,46 @@ CASES: dict[str, Case] = {
     "simplicity.useful_indices": F32(lambda w: (w.features(), w.losses(), w.targets()), degree=0),
     "transfer.few_shot_error": Case(lambda w: (*_features(w)[:2], 1, 3), _generator, degree=0),
     "transfer.few_shot_error_bound": Case(lambda w: (w.totals(), 5), degree=0, samples="nothing", gradient=True),
+}
+
+# What may be done to an argument, by its place, so that it is still right: see ``spoiled`` in test_functional.py.
+_VECTORS, _CLASSES, _COUNTS, _ROWS = {"deep", "flat"}, {"beyond", "below"}, {"beyond", "broken"}, {"short"}
+STILL_FIT: dict[str, dict[int, set[str]]] = {
+    "class_separation.sample_of_each_class": {0: _CLASSES},
+    "class_sums.check_target_range": {0: {"deep", "scalar", "broken"}},
+    "class_sums.to_float64": {0: _VECTORS | {"scalar"}},
+    "collapse_geometry.ce_frame": {0: _COUNTS},
+    "collapse_geometry.ce_nonnegative_frame": {0: _COUNTS},
+    "collapse_geometry.free_features": {1: _ROWS},
+    "collapse_geometry.mse_orthogonal_frame": {0: _COUNTS},
+    "collapse_geometry.seli_grams": {0: _COUNTS},
+    "collapse_losses.balanced_lengths": {0: _COUNTS | {"below"}},
+    "collapse_losses.cut_gradient": {0: _VECTORS | {"scalar"}},
+    "collapse_losses.scale_gradient": {0: _VECTORS | {"scalar"}},
+    "grassmann.chordal_distance": {0: _ROWS, 1: _ROWS},  # one of them is held against all
+    "grassmann.geodesic_distance": {0: _ROWS, 1: _ROWS},
+    "grassmann.orthonormality_error": {0: {"deep"}},
+    "grassmann.principal_angles": {0: _ROWS, 1: _ROWS},
+    "grassmann.tangent_projection": {0: _ROWS, 1: _ROWS},
+    "grassmann.subspace_logits": {0: _ROWS, 1: _ROWS},
+    "grassmann.svdvals_or_nan": {0: {"deep"}},
+    "hard_examples.highest_losses": {2: {"beyond"}},
+    "hard_examples.random_examples": {0: _ROWS, 1: {"beyond"}},
+    "lengths.length": {0: _VECTORS},
+    "lengths.tamed": {0: _VECTORS},
+    "linear_probe.hold_out": {0: _CLASSES},
+    "linear_probe.linear_probe": {1: _CLASSES, 3: _CLASSES, 5: _CLASSES},
+    "mixup_geometry.draw_pairs": {0: _CLASSES},
+    "mixup_geometry.free_features": {0: _ROWS},
+    "mixup_geometry.free_slope": {1: _ROWS},
+    "mixup_geometry.strength_of_margin": {0: {"deep", "scalar"}},
+    "prompt_gram.gram_norm": {0: {"deep"}},
+    "regression_collapse.nrc2": {0: _ROWS, 1: _ROWS},
+    "reliance.block_randomized": {3: {"scalar", "short"}},
+    "reliance.permuted_block": {1: {"scalar", "short"}},
+    "reliance.slow_feature_accuracy": {0: _CLASSES, 1: _CLASSES},
+    "simplex.directions": {0: _VECTORS},
+    "simplex.prototype_cosines": {0: _ROWS, 1: _ROWS},
+    "simplicity.useful_indices": {2: {"beyond"}},
+    "transfer.few_shot_error": {1: _CLASSES},
 }

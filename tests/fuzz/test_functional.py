@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from fuzz.comparing import assert_close, copied, leaves, same_bits, tensors
-from fuzz.registry import CASES, Case
+from fuzz.registry import CASES, STILL_FIT, Case
 from fuzz.worlds import EXTREME, FINITE, FLOATS, World, any_worlds, finite_worlds, regular_worlds
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
@@ -144,6 +144,32 @@ def test_an_ordinary_data_set_is_not_refused(name, case, world):
     result = called(name, case, world)
     assert not (isinstance(result, str) and result), result
     assert all(entry.isfinite().all() for entry in tensors(result) if entry.is_floating_point()) or name in UNDEFINED
+
+
+def spoiled(tensor: Tensor) -> dict[str, Tensor]:
+    """What a slip makes of an argument: too few rows, a dimension too many or too few; of class indices also others
+    than there are, and such that are no whole numbers.
+    """
+    worse = {"deep": tensor[..., None], "scalar": tensor.flatten()[0]}
+    if tensor.ndim > 1:
+        worse["flat"] = tensor.flatten()
+    if not tensor.is_floating_point() and tensor.dtype != torch.bool:
+        worse |= {"beyond": tensor + 100, "below": tensor - 105, "broken": tensor + 0.5}
+    return worse
+
+
+@fuzzed(regular_worlds, share=0.5)
+def test_arguments_that_do_not_fit_are_refused(name, case, world):
+    places = [place for place, argument in enumerate(case.arguments(world)) if isinstance(argument, Tensor)]
+    for place in (place for place in places if case.arguments(world)[place].ndim):
+        tensor = case.arguments(world)[place]
+        worse = spoiled(tensor) | ({"short": tensor[:-1]} if len(places) > 1 else {})
+        for how, instead in worse.items():
+            arguments = [*case.arguments(world)]
+            arguments[place] = instead
+            found = outcome(name, case, tuple(arguments), case.keywords(world))
+            allowed = how in STILL_FIT.get(name, {}).get(place, ())
+            assert allowed or isinstance(found, str), f"argument {place}, {how}: took {tuple(instead.shape)}"
 
 
 # By their docstrings: nan on the diagonal, where a margin is not above zero, and for no samples.
