@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_feat.baselines.clip import SmallClipPretraining
 from lightning_feat.baselines.clip_classifier import ClipClassifier, load_clip
+from lightning_feat.callbacks import PromptLearner
 from lightning_feat.own_parameters import adopt, append_to_optimizer, load, release, save
 from lightning_feat.wraps import add_link, remove_link
 
@@ -396,6 +397,30 @@ def test_bf16_keeps_the_logits_in_float32(small):
         logits = module(images)
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits, module(images), atol=0.5, rtol=0)  # features of 8 bits, times 14
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_compiled_towers_learn_the_prompts_that_plain_ones_do(small, tmp_path, whole):
+    ends = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        module = classifier(small, lr=0.05, warmup_epochs=0)
+        torch.manual_seed(1)
+        callback = PromptLearner(depth=2, gram_weight=0.01)
+        target = module
+        if compiled and whole:
+            target = torch.compile(module, backend="eager")
+        elif compiled:
+            module.clip.visual = torch.compile(module.clip.visual, backend="eager")
+        fit = trainer(tmp_path, callbacks=[callback], max_epochs=2)
+        fit.fit(target, loader(), loader())
+        tested = fit.test(target, [loader(), loader(num_classes=2)], verbose=False)
+        ends.append((flat(callback.learned), {name: value for part in tested for name, value in part.items()}))
+    torch.testing.assert_close(ends[0], ends[1])
+
+
+def flat(module):
+    return torch.cat([p.detach().flatten() for p in module.parameters()])
 
 
 def test_checkpointed_blocks_train_alike(small, tmp_path):
