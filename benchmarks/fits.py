@@ -24,8 +24,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from turns import Effort, now, pick
 
 from lightning_feat.baselines import TimmClassifier
-from lightning_feat.baselines.clip import SmallClipPretraining
 from lightning_feat.baselines.clip_classifier import ClipClassifier
+from lightning_feat.baselines.clip_pretraining import SmallClipPretraining
 from lightning_feat.data import DigitsDataModule
 
 EPOCHS, WARM = 2, 2  # WARM: batches at the start of a fit that do not count

@@ -9,8 +9,8 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from lightning_feat.baselines.clip import SmallClipPretraining
 from lightning_feat.baselines.clip_classifier import ClipClassifier
+from lightning_feat.baselines.clip_pretraining import SmallClipPretraining
 from lightning_feat.callbacks import PromptLearner
 
 BASE, NOVEL = ["red one", "blue two", "red two"], ["blue one", "green one"]

@@ -4,33 +4,22 @@ Shapes: N images, C classes, T templates, L tokens of a text, E features.
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from lightning import LightningModule
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, normalize
+from torch import Tensor
+from torch.nn.functional import cross_entropy
 from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 
 from lightning_feat.baselines.classifier import Default, describe
-from lightning_feat.baselines.clip import load_small_clip
-from lightning_feat.baselines.clip_tokenizer import (
-    HuggingFaceTokenizer,
-    OpenClipTokenizer,
-    Tokenizer,
-    import_open_clip,
-    import_transformers,
-)
-
-Source = Literal["open_clip", "huggingface", "small"]
+from lightning_feat.baselines.clip_sources import Source
+from lightning_feat.baselines.named_classes import NamedClasses, distinct
 
 
-class ClipClassifier(LightningModule):
+class ClipClassifier(NamedClasses):
     """Compares the features of images with those of their classes' names; both towers are frozen, unless told
     otherwise.
 
@@ -76,9 +65,6 @@ class ClipClassifier(LightningModule):
         ModuleNotFoundError: if the extra is not installed.
     """
 
-    clip: Any
-    tokenizer: Tokenizer
-
     def __init__(
         self,
         class_names: Sequence[str] | None = None,
@@ -95,40 +81,24 @@ class ClipClassifier(LightningModule):
         warmup_lr: float = 1e-5,
         grad_checkpointing: bool = False,
     ) -> None:
-        super().__init__()
         if min(lr, momentum, weight_decay, warmup_epochs, warmup_lr) < 0:
             raise ValueError(
                 f"{lr=}, {momentum=}, {weight_decay=}, {warmup_epochs=} and {warmup_lr=}: none can be negative."
             )
+        class_names = None if class_names is None else list(distinct(class_names))
+        novel_class_names = None if novel_class_names is None else list(distinct(novel_class_names))
         templates = (template,) if isinstance(template, str) else tuple(template)
-        if not templates or not all("{}" in each for each in templates):
-            raise ValueError(f"template={template!r}: give a sentence, or several, with {{}} for the class name.")
-        class_names, novel_class_names, trainable = _plain(class_names), _plain(novel_class_names), list(trainable)
-        template, model = template if isinstance(template, str) else list(template), str(model)
+        super().__init__(source, str(model), pretrained, templates, trainable, grad_checkpointing)
+        template, model, trainable = template if isinstance(template, str) else list(template), str(model), [*trainable]
         self.save_hyperparameters()
-        self.template, self.templates, self.trainable = template, templates, trainable
+        self.template = template
         self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
         self.warmup_epochs, self.warmup_lr = warmup_epochs, warmup_lr
-        self.clip, self.tokenizer = load_clip(source, model, pretrained)
-        self.is_huggingface = not hasattr(self.clip, "encode_text")
-        if grad_checkpointing:
-            if self.is_huggingface:
-                raise ValueError("grad_checkpointing needs source='open_clip' or 'small': see the docstring.")
-            self.clip.set_grad_checkpointing(True)
-        self._freeze()
-        self._class_names: tuple[str, ...] = ()
-        self.novel_class_names: list[str] = []
-        self._tokens: dict[tuple[str, ...], Tensor] = {}  # by class names, as is
-        self._text_features: dict[tuple[str, ...], Tensor] = {}
+        self.novel_class_names: list[str] = novel_class_names or []
         if class_names is not None:
             self.set_classes(class_names)
-        if novel_class_names is not None:
-            self.novel_class_names = list(_distinct(novel_class_names))
         self.val_accuracy = MeanMetric()
         self.base_accuracy, self.novel_accuracy = MeanMetric(), MeanMetric()
-        self.register_state_dict_post_hook(_drop_frozen)
-        self.register_load_state_dict_pre_hook(_fill_in_frozen)
-        self.train()  # Lightning does not call it
 
     def setup(self, stage: str) -> None:
         data = getattr(self.trainer, "datamodule", None)
@@ -138,91 +108,6 @@ class ClipClassifier(LightningModule):
                 raise ValueError("class_names are missing: give them, or a datamodule with class_names.")
             self.set_classes(names)
             self.novel_class_names = self.novel_class_names or list(getattr(data, "novel_class_names", None) or ())
-
-    @property
-    def class_names(self) -> list[str]:
-        """Names of the classes that logits are for, in their order."""
-        if not self._class_names:
-            raise RuntimeError("there are no class names yet: give class_names, or call set_classes.")
-        return list(self._class_names)
-
-    @property
-    def tokens(self) -> Tensor:
-        """Token ids of all classes in the first template, then in the next: ``(T * C, L)`` int64."""
-        names = tuple(self.class_names)
-        if names not in self._tokens:
-            self._tokens[names] = self.tokenizer(
-                [each.replace("{}", name) for each in self.templates for name in names]
-            )
-        if self._tokens[names].device != self.device:
-            self._tokens[names] = self._tokens[names].to(self.device)
-        return self._tokens[names]
-
-    def set_classes(self, names: Sequence[str]) -> None:
-        """From now on logits are for these classes."""
-        self._class_names = _distinct(names)
-
-    @contextmanager
-    def classes(self, names: Sequence[str]) -> Iterator[None]:
-        """Within the block logits are for these classes."""
-        before = self._class_names
-        self.set_classes(names)
-        try:
-            yield
-        finally:
-            self._class_names = before
-
-    def encode_image(self, images: Tensor) -> Tensor:
-        """What the image tower makes of images: ``(N, E)``, not normalised."""
-        if not self.is_huggingface:
-            features: Tensor = self.clip.encode_image(images)
-            return features
-        projected: Tensor = self.clip.visual_projection(self.clip.vision_model(pixel_values=images).pooler_output)
-        return projected
-
-    def encode_text(self, ids: Tensor) -> Tensor:
-        """What the text tower makes of token ids ``(N, L)``: ``(N, E)``, not normalised."""
-        if not self.is_huggingface:
-            features: Tensor = self.clip.encode_text(ids)
-            return features
-        projected: Tensor = self.clip.text_projection(self.clip.text_model(input_ids=ids).pooler_output)
-        return projected
-
-    def image_features(self, images: Tensor) -> Tensor:
-        """Features of images ``(N, E)``, not normalised."""
-        return self.encode_image(images)
-
-    def text_features(self, fresh: bool = False) -> Tensor:
-        """Features of the classes ``(C, E)``, not normalised; with several templates the mean of normalised ones.
-
-        Args:
-            fresh: neither use features that were kept nor keep these, for a pass that changes the tower for a moment.
-        """
-        names = tuple(self.class_names)
-        run = self._trainer  # outside a Trainer nobody says when what was kept is old
-        evaluating = run is not None and (run.evaluating or run.sanity_checking or run.predicting)
-        training = run is not None and run.training and self.training
-        if (evaluating or training) and not fresh and names in self._text_features:
-            return self._text_features[names]
-        features = self.encode_text(self.tokens)
-        if len(self.templates) > 1:
-            features = normalize(features.float(), dim=-1).unflatten(0, (len(self.templates), -1)).mean(0)
-        trains_nothing = training and torch.is_grad_enabled() and not features.requires_grad
-        if (evaluating or trains_nothing) and not fresh:
-            self._text_features[names] = features
-        return features
-
-    def logits_of(self, image_features: Tensor, text_features: Tensor) -> Tensor:
-        """Cosines ``(N, C)`` float32 of features ``(N, E)`` and ``(C, E)``, times the temperature that CLIP learned."""
-        # The softmax is sharp, a hundred times the cosine: in 16 bits the classes would tie.
-        with torch.autocast(self.device.type, enabled=False):
-            cosine_NC = normalize(image_features.float(), dim=-1) @ normalize(text_features.float(), dim=-1).T
-            logits: Tensor = self.clip.logit_scale.float().exp() * cosine_NC
-        return logits
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits ``(N, C)`` of images for the current classes."""
-        return self.logits_of(self.image_features(images), self.text_features())
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         images, targets = self._images_and_targets(batch, batch_idx)
@@ -249,7 +134,7 @@ class ClipClassifier(LightningModule):
         (self.novel_accuracy if dataloader_idx else self.base_accuracy).update(right)
 
     def on_test_epoch_end(self) -> None:
-        self._forget()
+        self.forget_text_features()
         base = self.base_accuracy.compute()
         # compute() agrees on all processes already; sync_dist only spares the reader a warning from Lightning.
         self.log("test/base", base, sync_dist=True)
@@ -264,15 +149,6 @@ class ClipClassifier(LightningModule):
         logits: Tensor = self(batch[0] if isinstance(batch, (tuple, list)) else batch)
         return logits
 
-    def train(self, mode: bool = True) -> "ClipClassifier":
-        super().train(mode)
-        self.clip.eval()
-        for name in self.trainable:
-            part = _find(self.clip, name)
-            if isinstance(part, nn.Module):
-                part.train(mode)
-        return self
-
     def on_fit_start(self) -> None:
         if not any(p.requires_grad for each in self.trainer.optimizers for g in each.param_groups for p in g["params"]):
             raise RuntimeError(
@@ -280,17 +156,10 @@ class ClipClassifier(LightningModule):
                 "of the CLIP trains: trainable=['visual.ln_post'] for instance."
             )
 
-    def on_train_epoch_start(self) -> None:
-        self._forget()
-
     def on_test_epoch_start(self) -> None:
-        self._forget()
+        self.forget_text_features()
         self.base_accuracy.reset()
         self.novel_accuracy.reset()
-
-    # Before and after: features made in inference mode are of no use to training, and those of training may be old.
-    on_validation_epoch_start = on_validation_epoch_end = on_train_epoch_start
-    on_predict_epoch_start = on_predict_epoch_end = on_train_epoch_start
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if "hyper_parameters" in checkpoint:
@@ -318,20 +187,6 @@ class ClipClassifier(LightningModule):
 
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "epoch"}}
 
-    def _freeze(self) -> None:
-        self.clip.requires_grad_(False).eval()
-        for name in self.trainable:
-            part = _find(self.clip, name)
-            if part is None:
-                near = ", ".join(child for child, _ in self.clip.named_children())
-                raise ValueError(
-                    f"trainable={name!r} is neither a submodule nor a parameter of clip, which has {near}."
-                )
-            part.requires_grad_(True)
-
-    def _forget(self) -> None:
-        self._text_features.clear()
-
     def _log_mean(self, name: str, loss: Tensor, batch_size: int) -> None:
         self.log(name, loss, on_step=False, on_epoch=True, prog_bar=True, sync_dist=True, batch_size=batch_size)
 
@@ -349,60 +204,3 @@ class ClipClassifier(LightningModule):
                 "class indices from 0, so name every class."
             )
         return images, targets
-
-
-def load_clip(source: Source, model: str, pretrained: str | None = None) -> tuple[nn.Module, Tokenizer]:
-    """A CLIP on the CPU in float32, and its tokenizer; see ``ClipClassifier`` for the arguments."""
-    if pretrained is not None and source != "open_clip":
-        raise ValueError(f"pretrained={pretrained!r} is for source='open_clip' alone: {source!r} takes all from model.")
-    if source == "small":
-        return load_small_clip(model)
-    if source == "huggingface":
-        if not (Path(model) / "config.json").is_file():
-            raise ValueError(f"{model!r} is no folder with a config.json: give one that save_pretrained has written.")
-        network: nn.Module = import_transformers().CLIPModel.from_pretrained(model, local_files_only=True)
-        length = int(network.config.text_config.max_position_embeddings)  # type: ignore[union-attr, arg-type]
-        return network.float(), HuggingFaceTokenizer(model, length)
-    if source != "open_clip":
-        raise ValueError(f"source={source!r}: choose 'open_clip', 'huggingface' or 'small'.")
-    open_clip = import_open_clip()
-    if ":" not in model and model not in open_clip.list_models():
-        raise ValueError(f"open_clip has no model {model!r}: see open_clip.list_models().")
-    return open_clip.create_model(model, pretrained=pretrained), OpenClipTokenizer(model)
-
-
-def _plain(names: Sequence[str] | None) -> list[str] | None:
-    return None if names is None else [*_distinct(names)]
-
-
-def _distinct(names: Sequence[str]) -> tuple[str, ...]:
-    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"class names must be a list of strings, got {names!r}.")
-    if len(names) < 2 or len(set(names)) < len(names):
-        raise ValueError(f"class names must be two at least, and each another: got {list(names)}.")
-    return tuple(names)
-
-
-def _find(clip: nn.Module, name: str) -> nn.Module | nn.Parameter | None:
-    parts = {**dict(clip.named_parameters()), **dict(clip.named_modules())}
-    del parts[""]
-    return parts.get(name)
-
-
-def _drop_frozen(module: ClipClassifier, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
-    for name in _frozen(module):
-        state_dict.pop(f"{prefix}clip.{name}", None)
-
-
-def _fill_in_frozen(module: ClipClassifier, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    own = module.clip.state_dict()
-    for name in _frozen(module):
-        if name in own:
-            state_dict.setdefault(f"{prefix}clip.{name}", own[name])
-
-
-def _frozen(module: ClipClassifier) -> list[str]:
-    """Names in the state dict of ``clip`` of all that does not train."""
-    live = {name for name, parameter in module.clip.named_parameters() if parameter.requires_grad}
-    trained = tuple(f"{name}." for name in module.trainable)  # buffers of what trains belong to it
-    return [name for name in module.clip.state_dict() if name not in live and not name.startswith(trained)]

@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from lightning import Trainer, seed_everything
 
-from lightning_feat.baselines.clip import SmallClipPretraining
 from lightning_feat.baselines.clip_classifier import ClipClassifier
+from lightning_feat.baselines.clip_pretraining import SmallClipPretraining
 from lightning_feat.data.captioned_digits import CaptionedDigitsDataModule
 
 TEMPLATES = ["a photo of a {}.", "a {}.", "a picture of a {}."]

@@ -28,8 +28,8 @@ from typing import Any, NamedTuple
 import torch
 from lightning import Callback, Trainer, seed_everything
 
-from lightning_feat.baselines.clip import SmallClipPretraining
 from lightning_feat.baselines.clip_classifier import ClipClassifier
+from lightning_feat.baselines.clip_pretraining import SmallClipPretraining
 from lightning_feat.callbacks import FeatureShiftMonitor, FeatureShiftRegularizer, PromptLearner
 from lightning_feat.data.captioned_digits import CaptionedDigitsDataModule
 

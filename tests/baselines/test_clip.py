@@ -15,7 +15,8 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch.nn.functional import cosine_similarity
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_feat.baselines.clip import SmallClip, SmallClipPretraining, contrastive_loss, load_small_clip
+from lightning_feat.baselines.clip import SmallClip
+from lightning_feat.baselines.clip_pretraining import SmallClipPretraining, contrastive_loss, load_small_clip
 from lightning_feat.baselines.clip_tokenizer import WordTokenizer
 
 SMALL = {"context_length": 6, "image_size": 16, "patch_size": 8, "embed_dim": 8, "width": 16, "layers": 2, "heads": 2}

@@ -11,8 +11,9 @@ from torch import nn
 from torch.nn.functional import cosine_similarity, cross_entropy, normalize
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_feat.baselines.clip import SmallClipPretraining
-from lightning_feat.baselines.clip_classifier import ClipClassifier, load_clip
+from lightning_feat.baselines.clip_classifier import ClipClassifier
+from lightning_feat.baselines.clip_pretraining import SmallClipPretraining
+from lightning_feat.baselines.clip_sources import load_clip
 from lightning_feat.callbacks import PromptLearner
 from lightning_feat.own_parameters import adopt, append_to_optimizer, load, release, save
 from lightning_feat.wraps import add_link, remove_link
@@ -435,7 +436,7 @@ def test_checkpointed_blocks_train_alike(small, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"template": "a photo"}, "template='a photo'"),
+        ({"template": "a photo"}, r"template=\['a photo'\]"),
         ({"template": []}, r"template=\[\]"),
         ({"class_names": ["one"]}, "two at least"),
         ({"class_names": ["one", "one"]}, "each another"),
