@@ -7,21 +7,19 @@ import torch
 from helpers import trainer
 
 from lightning_feat.baselines import MLPClassifier
-from lightning_feat.data.captioned_digits import (
+from lightning_feat.data.captioned_digits import PIXEL_MEAN, PIXEL_STD, CaptionedDigitsDataModule
+from lightning_feat.data.digits import load_digits
+from lightning_feat.data.scenes import (
     COLOURS,
     DIGITS,
-    PIXEL_MEAN,
-    PIXEL_STD,
     PLACES,
     TEMPLATES,
     TEXTURES,
-    CaptionedDigitsDataModule,
     class_name,
     draws,
     split_compositions,
     split_handwriting,
 )
-from lightning_feat.data.digits import load_digits
 
 pytest.importorskip("sklearn")
 
