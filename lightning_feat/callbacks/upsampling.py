@@ -1,9 +1,7 @@
-import math
 import os
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
-import torch
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
@@ -13,18 +11,17 @@ from torch.utils.data import DataLoader
 
 from lightning_feat.batches import TargetKey, class_indices, targets_of
 from lightning_feat.callbacks.data_plan import DataPlan
+from lightning_feat.callbacks.loss_knee import LossKnee
 from lightning_feat.callbacks.slow_loss import SlowLossTerm
 from lightning_feat.callbacks.slow_pass import (
     Choose,
     Criterion,
     Outputs,
     SlowPass,
-    losses_of_each,
     warn_of_augmentation,
 )
 from lightning_feat.data.plan import Length
 from lightning_feat.data.selection import Selection
-from lightning_feat.functional.separating_epoch import knee_reached
 from lightning_feat.loss_terms import add_loss_term, remove_loss_term
 from lightning_feat.passes import Forward, clean_loader
 from lightning_feat.restart import (
@@ -131,8 +128,7 @@ class SimplicityBiasUpsampler(DataPlan):
         self.term = SlowLossTerm(layer, factor, criterion, target_key) if show == "weights" else None
         self.selection: Selection | None = None
         self._stage: Literal["searching", "found", "using"] = "searching"
-        self._losses: list[float] = []  # means over the training batches, by epoch; for the knee
-        self._summed = torch.zeros(2)  # losses of this epoch, and their number
+        self.knee = LossKnee(self.look.logits, criterion, target_key)
         self._beginning: Beginning | None = None
         self._first_weights: dict[str, Tensor] | None = None  # where a checkpoint brings them
         self._first_states: dict[str, Any] | None = None
@@ -144,7 +140,7 @@ class SimplicityBiasUpsampler(DataPlan):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit" and trainer.global_step == 0:
-            self.selection, self._stage, self._losses = None, "searching", []
+            self.selection, self._stage, self.knee.losses = None, "searching", []
             self._beginning = self._first_weights = self._first_states = None
             if self.path is not None:
                 self.selection, self._stage = Selection.load(self.path), "using"
@@ -214,30 +210,26 @@ class SimplicityBiasUpsampler(DataPlan):
             if 0 < self._until <= trainer.current_epoch:
                 self._select(trainer, pl_module, trainer.current_epoch)
         super().on_train_start(trainer, pl_module)
-        self._summed = torch.zeros(2, device=pl_module.device)  # an epoch resumed in its middle does not start
+        self.knee.begin_epoch(pl_module.device)  # an epoch resumed in its middle does not start
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._summed = torch.zeros(2, device=pl_module.device)
+        self.knee.begin_epoch(pl_module.device)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if batch_idx == 0 and self._stage == "searching":  # what is wrong with the targets is said now
             targets = targets_of(batch, self.target_key)
             class_indices(targets, targets.numel(), "the targets")
         if self._seeks_knee:
-            self.look.logits.listen()
+            self.knee.listen()
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        self.look.logits.hold()
+        self.knee.hold()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self._seeks_knee:
-            logits = self.look.logits.take()
-            self.look.num_classes = logits.shape[1]
-            targets = class_indices(targets_of(batch, self.target_key), len(logits), "the targets").to(logits.device)
-            losses = losses_of_each(logits.float(), targets, self.criterion)
-            self._summed += torch.stack([losses.sum(), losses.new_tensor(len(losses))])
+            self.knee.take(batch)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.selection is not None:
@@ -261,7 +253,7 @@ class SimplicityBiasUpsampler(DataPlan):
         first = self._beginning.weights if self._beginning is not None and self._stage != "using" else None
         return {
             "stage": self._stage,
-            "losses": list(self._losses),
+            "losses": list(self.knee.losses),
             "selection": None if self.selection is None else self.selection.state_dict(),
             "first_weights": first,
         }
@@ -269,7 +261,7 @@ class SimplicityBiasUpsampler(DataPlan):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self.path is not None:
             return  # the selection given counts
-        self._stage, self._losses = state_dict["stage"], list(state_dict["losses"])
+        self._stage, self.knee.losses = state_dict["stage"], list(state_dict["losses"])
         found = state_dict["selection"]
         self.selection = None if found is None else Selection.from_state_dict(found)
         self._first_weights = state_dict["first_weights"]
@@ -306,10 +298,7 @@ class SimplicityBiasUpsampler(DataPlan):
     def _is_time(self, trainer: Trainer) -> bool:
         if not self._seeks_knee:
             return trainer.current_epoch + 1 >= self._until
-        total, number = trainer.strategy.reduce(self._summed, reduce_op="sum").tolist()
-        self._losses.append(total / max(number, 1.0))
-        start = math.log(self.look.num_classes) if self.criterion is None else None
-        return knee_reached(self._losses, trainer.max_epochs or 0, start=start)
+        return self.knee.reached(trainer)
 
     def _select(self, trainer: Trainer, module: LightningModule, epochs: int) -> None:
         size = len(one_train_loader(trainer, self.loader).dataset)

@@ -104,7 +104,7 @@ def test_the_knee_is_sought_in_the_losses_since_the_resume(tmp_path):
         return [found[-1]]
 
     cut(tmp_path, callbacks)
-    whole, resumed = (upsampler._losses for upsampler in found)
+    whole, resumed = (upsampler.knee.losses for upsampler in found)
     assert resumed[0] == whole[0]
     assert len(resumed) == len(whole) == 3
     assert 0 < resumed[1] != whole[1]
