@@ -38,7 +38,17 @@ def adopt(module: LightningModule, key: str, submodule: nn.Module) -> None:
     configured.
 
     Under FSDP2 nothing happens yet: see ``adopt_sharded``.
+
+    Raises:
+        ValueError: under FSDP1 and DeepSpeed.
     """
+    trainer = getattr(module, "_trainer", None)
+    strategy = "" if trainer is None else type(trainer.strategy).__name__
+    if strategy in ("FSDPStrategy", "DeepSpeedStrategy"):
+        raise ValueError(
+            f"{strategy} flattens or offloads parameters, so that those of {key} cannot be kept apart: use "
+            "strategy='ddp', or FSDP2 by ModelParallelStrategy."
+        )
     if not _visible(module):
         _adopt(module, key, submodule)
 

@@ -8,6 +8,7 @@ import torch
 from helpers import Plain, equal, loader, trainer, weights
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
 
 from lightning_feat.callbacks import FeatureRegularizer
@@ -90,3 +91,14 @@ def test_after_the_fit_the_module_has_no_trace_of_it(tmp_path):
     assert [name for name, _ in module.named_children()] == ["net"]
     assert not module._state_dict_hooks
     assert not module._load_state_dict_pre_hooks
+
+
+@pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy"])
+def test_strategies_that_flatten_or_offload_are_refused_with_the_way_out(tmp_path, name):
+    callback = FeatureRegularizer(Center(), "center", weight=0.5)
+    fit = trainer(tmp_path, callbacks=[callback], strategy=type(name, (SingleDeviceStrategy,), {})("cpu"))
+    module = TwoGroups()
+    with pytest.raises(ValueError, match=f"{name} flattens or offloads .* use strategy='ddp', or FSDP2"):
+        fit.fit(module, loader())
+    assert not [key for key in vars(module) if "_feat" in key]
+    assert not [key for key in module._modules if "_feat" in key]
