@@ -136,12 +136,19 @@ def _open_clip_by_hand(model, images, ids, text, image):
     visual, encoder = model.visual, getattr(model, "text", model)
     positions = visual.positional_embedding
     x = visual.ln_pre(_patches(visual.conv1, visual.class_embedding, positions, images, image))
-    x = _blocks(x, visual.transformer.resblocks, image, len(positions), lambda block, x: block(x))
+    # The blocks of open_clip before 2.27 take (T, N, D).
+    ours = not type(model).__module__.startswith("open_clip")
+    turned = not ours and not getattr(encoder.transformer, "batch_first", False)
+
+    def run(block, x, **mask):
+        return block(x.transpose(0, 1), **mask).transpose(0, 1) if turned else block(x, **mask)
+
+    x = _blocks(x, visual.transformer.resblocks, image, len(positions), run)
     image_features = visual.ln_post(x)[:, 0] @ visual.proj
     x = encoder.token_embedding(ids)
     x = (x if not text else _put(x, text[0], 1)) + encoder.positional_embedding
     mask = torch.full((LENGTH, LENGTH), -torch.inf).triu(1)
-    x = _blocks(x, encoder.transformer.resblocks, text, 1, lambda block, x: block(x, attn_mask=mask))
+    x = _blocks(x, encoder.transformer.resblocks, text, 1, lambda block, x: run(block, x, attn_mask=mask))
     x = encoder.ln_final(x)[torch.arange(len(ids)), ids.argmax(1)]
     return image_features, x @ encoder.text_projection
 

@@ -138,10 +138,16 @@ def pair_angle_sums(
             columns = slice(b, min(b + _BLOCK, end))
             pair_AB = (target_N[rows, None] == target_N[columns]) & (place_N[rows, None] < place_N[columns])
             pair_AB &= counts_N[rows, None] & counts_N[columns]
-            angle_AB = (unit_ND[rows] @ unit_ND[columns].T).clamp(-1, 1).acos()
+            angle_AB = _angles(unit_ND[rows] @ unit_ND[columns].T)
             angle_C.index_add_(0, target_N[rows], torch.where(pair_AB, angle_AB, 0.0).sum(1))
             pairs_C.index_add_(0, target_N[rows], pair_AB.sum(1).double())
     return PairAngleSums(angle_C, pairs_C)
+
+
+def _angles(cosines: Tensor) -> Tensor:
+    """Their angles in radians; at 0 and at pi, where the slope has no bound, the gradient is zero."""
+    end = cosines.abs() >= 1
+    return torch.where(end, torch.pi * (cosines < 0).to(cosines.dtype), torch.where(end, 0.0, cosines).acos())
 
 
 def within_class_variability(totals: PairAngleSums) -> Tensor:

@@ -130,7 +130,9 @@ def nc2_subspace_chordal_cv(basis: Tensor) -> Tensor:
     Args:
         basis: ``(C, k, D)``, orthonormal rows.
     """
-    distance_P = _squared_chordal_distances(basis).sqrt()
+    squared_P = _squared_chordal_distances(basis)
+    same = squared_P <= 0  # there the gradient is zero, on every version of torch
+    distance_P = torch.where(same, 0.0, torch.where(same, 1.0, squared_P).sqrt())
     nan = distance_P.new_full((), torch.nan)
     return distance_P.std(correction=0) / distance_P.mean() if len(distance_P) else nan
 
@@ -159,8 +161,10 @@ def nc3_subspace_angle(basis: Tensor, means: Tensor) -> Tensor:
     """
     check_shapes(basis=(basis, "CkD"), means=(means, "CD"))
     basis_CkD, mean_CD = to_float64(basis), to_float64(means)
+    counted = vector_norm(mean_CD, dim=1) > 0  # left out before the angle, whose gradient is not defined at zero
+    basis_CkD, mean_CD = basis_CkD[counted], mean_CD[counted]
     inside_Ck = torch.einsum("ckd,cd->ck", basis_CkD, mean_CD)
     outside_CD = mean_CD - torch.einsum("ckd,ck->cd", basis_CkD, inside_Ck)
     # atan2 and not acos, which loses half the digits at small angles
     angle_C = torch.atan2(vector_norm(outside_CD, dim=1), vector_norm(inside_Ck, dim=1)).rad2deg()
-    return angle_C[vector_norm(mean_CD, dim=1) > 0].mean()
+    return angle_C.mean()

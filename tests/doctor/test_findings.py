@@ -3,6 +3,7 @@
 import lightning.pytorch as pl
 import pytest
 import torch
+from ddp_cases import FSDP2_ON_CPU
 from helpers import NUM_CLASSES, WIDTH, EMAWeightAveraging, Plain, loader, points, trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import nn
@@ -145,6 +146,7 @@ def test_a_body_in_no_optimizer_may_be_meant(examine):
     assert found.where == "net.body.0.weight, net.body.0.bias"
 
 
+@pytest.mark.skipif(not FSDP2_ON_CPU, reason="this torch has no FSDP2 on a CPU")
 def test_a_head_that_is_not_sharded_with_the_rest(examine):
     from lightning.pytorch.strategies import ModelParallelStrategy
 
