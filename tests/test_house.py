@@ -31,12 +31,14 @@ BELOW = {  # what of ours each room may import
     "clip_tower": {"clip_hooks"},
     "clip_towers": {"clip_hooks", "clip_tower", "taps"},
     "reference": {"reference", "batches", "clip_towers", "functional", "heads", "passes", "taps"},
-    "loss_terms": {"own_parameters", "batches", "taps", "wraps"},
-    "doctor": {"doctor", "callbacks", "batches", "heads", "loss_terms", "taps", "wraps"},
+    "loss_terms": {"batches", "taps"},
+    "loss_engine": {"loss_terms", "own_parameters", "wraps"},
+    "doctor": {"doctor", "callbacks", "batches", "heads", "loss_engine", "loss_terms", "taps", "wraps"},
     "__main__": {"doctor"},
     "__init__": set(),
 }
 JOINTS = {"wraps", "batches", "heads", "head_swap", "own_parameters", "taps", "labelled_taps", "loss_terms"}
+JOINTS |= {"loss_engine"}
 JOINTS |= {"passes", "processes", "restart", "train_loader", "clip_hooks", "clip_tower", "clip_towers", "reference"}
 BELOW["callbacks"] = {"callbacks", "metrics", "data", *BELOW["optim"], *JOINTS}
 BELOW["mixins"] = {"mixins", "metrics", *BELOW["optim"], *JOINTS}

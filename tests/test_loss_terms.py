@@ -13,7 +13,8 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from lightning_feat.callbacks import FeatureRegularizer
-from lightning_feat.loss_terms import WeightSchedule, waiting_loss_terms
+from lightning_feat.loss_engine import waiting_loss_terms
+from lightning_feat.loss_terms import WeightSchedule
 from lightning_feat.mixins import LossTermsMixin
 
 

@@ -16,14 +16,8 @@ from lightning_feat.functional.collapse_losses import (
     within_class_pull,
 )
 from lightning_feat.heads import find_classifier
-from lightning_feat.loss_terms import (
-    FeatureLossTerm,
-    LossTerm,
-    Weight,
-    WeightSchedule,
-    add_loss_term,
-    remove_loss_term,
-)
+from lightning_feat.loss_engine import add_loss_term, remove_loss_term
+from lightning_feat.loss_terms import FeatureLossTerm, LossTerm, Weight, WeightSchedule
 from lightning_feat.taps import FeatureTap, Pooling, Read
 from lightning_feat.wraps import add_link, overrides, remove_link
 

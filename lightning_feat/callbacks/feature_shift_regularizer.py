@@ -15,7 +15,8 @@ from lightning_feat.functional.feature_shift import (
     relative_shift,
     shift_consistency_loss,
 )
-from lightning_feat.loss_terms import LossTerm, Weight, WeightSchedule, add_loss_term, remove_loss_term
+from lightning_feat.loss_engine import add_loss_term, remove_loss_term
+from lightning_feat.loss_terms import LossTerm, Weight, WeightSchedule
 from lightning_feat.passes import Forward
 from lightning_feat.reference import (
     CachedStart,

@@ -12,7 +12,8 @@ from lightning_feat.clip_towers import ClipTowers, find_clip_towers
 from lightning_feat.layers.insertion import Insertion
 from lightning_feat.layers.prompts import Coupling, DeepPrompts, Kind, insert_prompts
 from lightning_feat.layers.surgery import SurgeryBlock, attach_surgery
-from lightning_feat.loss_terms import LossTerm, WeightSchedule, add_loss_term, remove_loss_term
+from lightning_feat.loss_engine import add_loss_term, remove_loss_term
+from lightning_feat.loss_terms import LossTerm, WeightSchedule
 from lightning_feat.reference.runs import refuse_sharding
 from lightning_feat.wraps import add_link, overrides, remove_link
 

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from lightning_feat import own_parameters
 from lightning_feat.batches import TargetKey
-from lightning_feat.loss_terms import FeatureLossTerm, LossTerm, WeightSchedule, add_loss_term, remove_loss_term
+from lightning_feat.loss_engine import add_loss_term, remove_loss_term
+from lightning_feat.loss_terms import FeatureLossTerm, LossTerm, WeightSchedule
 from lightning_feat.taps import FeatureTap, Pooling, Read
 
 

@@ -22,7 +22,7 @@ from lightning_feat.callbacks.slow_pass import (
 )
 from lightning_feat.data.plan import Length
 from lightning_feat.data.selection import Selection
-from lightning_feat.loss_terms import add_loss_term, remove_loss_term
+from lightning_feat.loss_engine import add_loss_term, remove_loss_term
 from lightning_feat.passes import Forward, clean_loader
 from lightning_feat.restart import (
     Beginning,

@@ -8,9 +8,9 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from lightning_feat.loss_engine import loss_terms_of
 from lightning_feat.loss_terms import LossTerm
 from lightning_feat.taps import FeatureTap
-from lightning_feat.wraps import get_link
 
 
 @dataclass
@@ -66,15 +66,9 @@ class Heard:
                 self.largest = max(self.largest, float(gradient.abs().nan_to_num(posinf=1.0).max()))
 
 
-def terms_of(module: LightningModule) -> list[LossTerm]:
-    """The terms that are added to the loss of ``module``."""
-    engine: Any = getattr(get_link(module, "training_step", "loss_terms"), "__self__", None)
-    return [*engine.terms.values()] if engine is not None else []
-
-
 def begin_now(module: LightningModule) -> None:
     """Let every term of a copy have its peak weight from the first batch on, whatever its schedule says."""
-    for term in terms_of(module):
+    for term in loss_terms_of(module):
         term.weight = replace(term.weight, start_epoch=0, end_epoch=None, warmup_epochs=0.0, every_n_batches=1)
 
 

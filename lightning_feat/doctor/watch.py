@@ -5,7 +5,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from lightning_feat.doctor.labels import TargetEar
-from lightning_feat.doctor.terms import Heard, begin_now, listen_to, terms_of
+from lightning_feat.doctor.terms import Heard, begin_now, listen_to
+from lightning_feat.loss_engine import loss_terms_of
 from lightning_feat.wraps import add_link
 
 _KEY = "doctor"
@@ -57,7 +58,7 @@ class Watch(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         begin_now(pl_module)
-        for term in terms_of(pl_module):
+        for term in loss_terms_of(pl_module):
             if not any(heard.term is term for heard in self.terms):
                 self.terms.append(listen_to(term))
         add_link(pl_module, "training_step", _KEY, self._around_training_step)
