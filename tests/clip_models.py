@@ -1,5 +1,7 @@
 """Small CLIP models with random weights, and their forward with learned prompts, written out from their submodules."""
 
+import inspect
+
 import torch
 from torch import nn
 from torch.nn.functional import normalize
@@ -31,7 +33,8 @@ def tokens_first(model):
     import pytest
 
     transformer = pytest.importorskip("open_clip.transformer").Transformer
-    turned = transformer(TEXT_WIDTH, BLOCKS, 2, batch_first=False).eval()
+    newer = {"batch_first": False} if hasattr(model.transformer, "batch_first") else {}
+    turned = transformer(TEXT_WIDTH, BLOCKS, 2, **newer).eval()
     turned.load_state_dict(model.transformer.state_dict())
     model.transformer = turned
     return model
@@ -153,17 +156,25 @@ def _open_clip_by_hand(model, images, ids, text, image):
     return image_features, x @ encoder.text_projection
 
 
+def _huggingface_block(block, x, mask):
+    older = "causal_attention_mask" in inspect.signature(block.forward).parameters
+    if older and mask is not None:
+        mask = mask.expand(len(x), -1, -1, -1)
+    found = block(x, None, mask) if older else block(x, mask)
+    return found[0] if isinstance(found, tuple) else found
+
+
 def _huggingface_by_hand(model, images, ids, text, image):
     vision, words = model.vision_model, model.text_model
     seen = vision.embeddings
     positions = seen.position_embedding.weight
     x = vision.pre_layrnorm(_patches(seen.patch_embedding, seen.class_embedding, positions, images, image))
-    x = _blocks(x, vision.encoder.layers, image, len(positions), lambda block, x: block(x, None))
+    x = _blocks(x, vision.encoder.layers, image, len(positions), lambda block, x: _huggingface_block(block, x, None))
     image_features = model.visual_projection(vision.post_layernorm(x[:, 0]))
     x = words.embeddings.token_embedding(ids)
     x = (x if not text else _put(x, text[0], 1)) + words.embeddings.position_embedding.weight[: ids.shape[1]]
     mask = torch.full((1, 1, LENGTH, LENGTH), -torch.inf).triu(1)
-    x = _blocks(x, words.encoder.layers, text, 1, lambda block, x: block(x, mask.to(x.dtype)))
+    x = _blocks(x, words.encoder.layers, text, 1, lambda block, x: _huggingface_block(block, x, mask.to(x.dtype)))
     x = words.final_layer_norm(x)[torch.arange(len(ids)), (ids == EOS).int().argmax(1)]
     return image_features, model.text_projection(x)
 

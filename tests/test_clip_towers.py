@@ -174,7 +174,8 @@ class Silent(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(TEXT_WIDTH)
         self.call = block.forward
-        self.get_weight_dtype = block.get_weight_dtype
+        self.get_weight_dtype = getattr(block, "get_weight_dtype", None)  # newer versions ask for it, older for
+        self.__dict__["mlp"] = block.mlp
 
     def forward(self, x, attn_mask=None):
         return self.call(x, attn_mask=attn_mask)
