@@ -81,7 +81,8 @@ def forget_compiled_code(module: nn.Module) -> None:
     """Let ``torch.compile`` trace again whatever it traced of ``module``, after a hook or a layer has changed."""
     # A graph that was traced before the hook was there never calls it, and says nothing.
     if "torch._dynamo" in sys.modules and any(_is_compiled(part) for part in module.modules()):
-        torch.compiler.reset()
+        # torch.compiler.reset() forgets more: with torch 2.6, a few of these between compilations end the process.
+        getattr(torch._dynamo, "reset_code_caches", torch.compiler.reset)()
 
 
 def _is_compiled(part: nn.Module) -> bool:
