@@ -1,10 +1,11 @@
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_feat.callbacks.collapse_figures import draw_collapse
 from lightning_feat.callbacks.collapse_table import CollapseTable
 from lightning_feat.callbacks.curves import Points
 from lightning_feat.callbacks.figures import folder_for_figures, publish_figure
+from lightning_feat.callbacks.history import set_point
+from lightning_feat.callbacks.spared import run_spared
 from lightning_feat.functional.neural_collapse import CollapsePicture
 
 
@@ -42,24 +43,17 @@ class CollapseReport:
         if not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):  # the latter leaves nothing behind
             return
         if self._writes_table:
-            try:
+            with run_spared("NeuralCollapseMonitor", "write its table", self._failed):
                 table = CollapseTable(self._folder)
                 table.add(trainer.current_epoch, trainer.global_step, self.mode, layer, data, values)
-            except Exception as error:  # a file is not worth a run
-                self._warn_once("write its table", error)
         if picture is not None:
-            try:
+            with run_spared("NeuralCollapseMonitor", "draw its figure", self._failed):
                 self._draw(trainer, layer, data, picture)
-            except Exception as error:  # nor is a picture
-                self._warn_once("draw its figure", error)
 
     def _remember(self, place: str, epochs: float, values: dict[str, float]) -> None:
         points = self.points.setdefault(place, {})
         for name, value in values.items():
-            line = points.setdefault(name, [])
-            while line and line[-1][0] >= epochs:  # measured again, by a run that was set back
-                line.pop()
-            line.append((epochs, value))
+            set_point(points.setdefault(name, []), epochs, value)
 
     def _draw(self, trainer: Trainer, layer: str, data: str, picture: CollapsePicture) -> None:
         epochs = trainer.current_epoch + 1
@@ -71,8 +65,3 @@ class CollapseReport:
         method = "neural_collapse" if data == "train" else "neural_collapse_val"
         name = f"{method}-{layer}-epoch={epochs}.png"
         publish_figure(trainer, figure, self._folder, name, f"{method}/figure/{layer}")
-
-    def _warn_once(self, what: str, error: Exception) -> None:
-        if what not in self._failed:
-            self._failed.add(what)
-            rank_zero_warn(f"NeuralCollapseMonitor could not {what}: {type(error).__name__}: {error}")

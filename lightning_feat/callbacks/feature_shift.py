@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from lightning_feat.batches import TargetKey
@@ -12,7 +12,9 @@ from lightning_feat.callbacks.curves import Points
 from lightning_feat.callbacks.feature_shift_figures import draw_shifts
 from lightning_feat.callbacks.feature_shift_regularizer import FeatureShiftRegularizer
 from lightning_feat.callbacks.figures import folder_for_figures, publish_figure
+from lightning_feat.callbacks.history import set_point
 from lightning_feat.callbacks.nonfinite import NonfiniteWatch
+from lightning_feat.callbacks.spared import run_spared
 from lightning_feat.callbacks.twins import callbacks_of, refuse_twin
 from lightning_feat.functional.feature_shift import ShiftSums, shift_discrepancy, shift_measures, shift_sums
 from lightning_feat.passes import Forward
@@ -314,20 +316,15 @@ class FeatureShiftMonitor(Callback):
     def _remember(self, trainer: Trainer, label: str, value: float) -> None:
         batches, done = trainer.num_training_batches, trainer.fit_loop.batch_idx + 1
         epochs = trainer.current_epoch + (done / batches if done < batches < float("inf") else 1.0)
-        line = self.history.setdefault(label, [])
-        while line and line[-1][0] >= epochs:  # measured again, by a run that was set back
-            line.pop()
-        line.append((epochs, value))
+        set_point(self.history.setdefault(label, []), epochs, value)
 
     @rank_zero_only
     def _show(self, trainer: Trainer) -> None:
         name = "feature_shift" if self.data == "train" else "feature_shift_val"
         where = "training" if self.data == "train" else "validation"
-        try:
+        with run_spared("FeatureShiftMonitor", "draw its figure"):
             figure = draw_shifts(self.history, f"shift from the start, {where} batches as they passed")
             publish_figure(trainer, figure, self._folder, f"{name}.png", f"{name}/figure")
-        except Exception as error:  # a picture is not worth a run
-            rank_zero_warn(f"FeatureShiftMonitor could not draw its figure: {type(error).__name__}: {error}")
 
     def _let_go(self) -> None:
         if self.comparison is not None:

@@ -3,13 +3,15 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from lightning_feat.batches import TargetKey, class_indices, targets_of
-from lightning_feat.callbacks.figures import COLOURS, folder_for_figures, publish_figure
+from lightning_feat.callbacks.figures import folder_for_figures, publish_figure
 from lightning_feat.callbacks.grassmann import GrassmannHead
+from lightning_feat.callbacks.grassmann_figures import draw_angles
 from lightning_feat.callbacks.nonfinite import NonfiniteWatch
+from lightning_feat.callbacks.spared import run_spared
 from lightning_feat.callbacks.twins import callbacks_of, refuse_twin
 from lightning_feat.functional.class_separation import sample_of_each_class
 from lightning_feat.functional.grassmann import orthonormality_error
@@ -95,7 +97,7 @@ class GrassmannMonitor(Callback):
         self._of: weakref.ref[LightningModule] | None = None  # whose start it is
         self._tap: FeatureTap | None = None
         self._listens, self._head_reports, self._label, self._folder = False, False, "", ""
-        self._failed = False  # to draw, which is said once
+        self._failed: set[str] = set()  # what could not be done, which is said once
         self._heard = torch.zeros(())  # samples of this epoch
         self._r2: ClassSeparation | None = None
         self._variability: WithinClassVariability | None = None
@@ -130,7 +132,7 @@ class GrassmannMonitor(Callback):
             head.num_classes,
             sync_on_compute=self.mode == "online",  # the exact mode gathers samples instead
         ).to(pl_module.device)
-        self._listens = self._failed = False
+        self._listens, self._failed = False, set()
         self._heard = torch.zeros(())
         self.nonfinite.reset()
         self._head_reports = any(
@@ -283,14 +285,10 @@ class GrassmannMonitor(Callback):
 
     @rank_zero_only
     def _show(self, trainer: Trainer, angles: Tensor) -> None:
-        try:
+        with run_spared("GrassmannMonitor", "draw the angles", self._failed):
             figure = draw_angles(angles)
             name = f"grassmann_angles-{self._label}-epoch={trainer.current_epoch}.png"
             publish_figure(trainer, figure, self._folder, name, f"grassmann/angles/{self._label}")
-        except Exception as error:  # a picture is not worth a run
-            if not self._failed:
-                rank_zero_warn(f"GrassmannMonitor could not draw the angles: {type(error).__name__}: {error}")
-            self._failed = True
 
     def _let_go(self) -> None:
         if self._tap is not None:
@@ -304,35 +302,3 @@ _Samples = tuple[Tensor, Tensor, Tensor]  # features, targets, and their numbers
 def _joined(parts: list[_Samples]) -> _Samples:
     features, targets, indices = (torch.cat(column) for column in zip(*parts, strict=True))
     return features, targets, indices
-
-
-def draw_angles(angles: Tensor) -> Any:
-    """Histograms of the smallest, the middle and the largest principal angle of each pair, ``(P, k)`` in degrees."""
-    from matplotlib.figure import Figure
-
-    # Not by pyplot: that would choose a window system, and keep the figure.
-    figure = Figure(figsize=(3.25, 2.2), layout="constrained")  # one column of a paper in two
-    axes = figure.subplots()
-    k = angles.shape[1]
-    shown = {0: "smallest", (k - 1) // 2: "middle", k - 1: "largest"} if k > 2 else {0: "smallest", k - 1: "largest"}
-    for number, (place, title) in enumerate(shown.items()):
-        values = angles[:, place].numpy()
-        style: dict[str, Any] = {"color": COLOURS[number], "linewidth": 1.3, "linestyle": ("-", "--", ":")[number]}
-        axes.hist(
-            values,
-            bins=45,
-            range=(0, 90),
-            weights=[100 / len(values)] * len(values),
-            histtype="step",
-            label=title if k > 1 else None,
-            **style,
-        )
-    axes.set_xlabel("principal angle between class subspaces (degrees)", fontsize=8)
-    axes.set_ylabel("pairs of classes (%)", fontsize=8)
-    axes.set_xlim(0, 90)
-    axes.set_xticks(range(0, 91, 15))
-    axes.tick_params(labelsize=7)
-    axes.spines[["top", "right"]].set_visible(False)
-    if k > 1:
-        axes.legend(loc="upper left", frameon=False, fontsize=7)
-    return figure

@@ -6,8 +6,9 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+
+from lightning_feat.callbacks.spared import run_spared
 
 
 class MetricHistory(Callback):
@@ -92,20 +93,22 @@ class MetricHistory(Callback):
 
     def _record(self, values: dict[str, Tensor]) -> None:
         for name, value in values.items():
-            points = self.points.setdefault(name, [])
-            while points and points[-1][0] >= self._epochs:  # measured again: the later value counts
-                points.pop()
-            points.append((self._epochs, float(value)))
+            set_point(self.points.setdefault(name, []), self._epochs, float(value))
         self._last.update(values)
 
     def _report_once(self, trainer: Trainer) -> None:
         fitting, self._fitting = self._fitting, False
         if not fitting or not trainer.is_global_zero:
             return
-        try:
+        with run_spared(type(self).__name__, "report on the run"):
             self.report(trainer)
-        except Exception as error:
-            rank_zero_warn(f"{type(self).__name__} could not report on the run: {type(error).__name__}: {error}")
+
+
+def set_point(line: list[tuple[float, float]], epochs: float, value: float) -> None:
+    """Add a value to a line in time. Where it was measured before, by a run that was set back, the later one counts."""
+    while line and line[-1][0] >= epochs:
+        line.pop()
+    line.append((epochs, value))
 
 
 def new_since(before: dict[str, Tensor], now: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -230,7 +230,7 @@ def combined(names: tuple[str, ...]) -> Condition:
         return {key: value for part in parts for key, value in part.trainer().items()}
 
     def lacks(entry: Entry) -> str | None:
-        alone = next((n for n in names if n in {**entry.refuses, **entry.lacks, **entry.faults}), None)
+        alone = next((n for n in names if n in {**entry.refuses, **entry.lacks}), None)
         return alone and f"not alone either: {alone}"
 
     habits = {key: value for part in parts for key, value in part.habits.items()}

@@ -47,7 +47,6 @@ class Entry:
         beside: entries whose callbacks come first; their methods and values are added.
         refuses: condition to a part of the message.
         lacks: condition to the reason for which there is nothing to be compared.
-        faults: condition to what is known to go wrong; the cell must fail until it is mended.
         naming: the argument that names the classifier, for callbacks that replace it.
         own: parameters of the callback, for those that have some.
         failure: where memory may run out inside the callback; None where it runs nothing of its own in the loop.
@@ -65,7 +64,6 @@ class Entry:
     beside: Sequence["Entry"] = ()
     refuses: Mapping[str, str] = field(default_factory=dict)
     lacks: Mapping[str, str] = field(default_factory=dict)
-    faults: Mapping[str, str] = field(default_factory=dict)
     naming: Mapping[str, str] = field(default_factory=dict)
     own: Callable[[Any], list[Tensor]] = lambda callback: []
     failure: Failure | None = None

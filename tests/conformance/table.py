@@ -14,7 +14,7 @@ from conformance.registry import CALLBACKS, Entry
 
 FILE = Path(__file__).parents[2] / "docs" / "compatibility.md"
 WRITING = os.environ.get("WRITE_COMPATIBILITY") == "1"
-SIGNS = {"equal": "=", "near": "~", "refused": "R", "not applicable": "-", "fault": "X"}
+SIGNS = {"equal": "=", "near": "~", "refused": "R", "not applicable": "-"}
 
 Cells = dict[tuple[str, str], Outcome]  # by condition and callback
 FOUND: Cells = {}
@@ -75,7 +75,6 @@ Each callback under each condition, as `tests/conformance` found it. This page i
   many terms are.
 - `R`: refused by an error in the first batch, which says what to do instead; the module is left as it was.
 - `-`: not applicable, for the reason below.
-- `X`: goes wrong, and is known to.
 """
 
 
@@ -101,7 +100,7 @@ def _tables(cells: Cells) -> Iterable[str]:
 
 
 def _lists(cells: Cells) -> Iterable[str]:
-    for word, title in (("refused", "Refused"), ("not applicable", "Not applicable"), ("fault", "Known faults")):
+    for word, title in (("refused", "Refused"), ("not applicable", "Not applicable")):
         lines: dict[tuple[str, str], list[str]] = {}
         for (condition, name), outcome in cells.items():
             if outcome.word == word:

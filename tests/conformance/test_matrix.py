@@ -20,29 +20,19 @@ def cells(where):
         for condition in CONDITIONS:
             if condition.where == where:
                 marks = [] if condition.quick else [pytest.mark.slow]
-                fault = entry.faults.get(condition.name)
-                if fault:
-                    marks.append(pytest.mark.xfail(reason=fault, strict=True))
                 if not condition.available:
                     marks.append(pytest.mark.skip(reason="not installed"))
                 yield pytest.param(entry, condition, marks=marks, id=f"{entry}, {condition}")
 
 
-def note_fault(entry, condition):
-    if condition.name in entry.faults:
-        table.check(entry, condition, Outcome("fault", entry.faults[condition.name]))
-
-
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("entry", "condition"), cells("here"))
 def test_cell(entry, condition, tmp_path):
-    note_fault(entry, condition)
     table.check(entry, condition, outcome(entry, condition, tmp_path))
 
 
 @pytest.mark.parametrize(("entry", "condition"), cells("pair"))
 def test_cell_of_two_processes(entry, condition, pair):
-    note_fault(entry, condition)
     for found in pair:
         word, detail = found.get(f"{entry}, {condition}", ["raised", "the cell was not reached"])
         assert word != "raised", detail

@@ -69,19 +69,20 @@ def test_a_layer_that_runs_without_gradient_under_a_loss_term(examine):
     assert "net.body runs without gradient" in found.what
 
 
+class Compiled(Plain):
+    def __init__(self):
+        super().__init__()
+        self.fast = torch.compile(self.logits, backend="eager")
+
+    def logits(self, x):
+        return self.net(x)
+
+    def forward(self, x):
+        return self.fast(x)
+
+
 @pytest.mark.parametrize("has_run", [True, False])
 def test_hooks_that_come_too_late_for_compiled_code(examine, has_run):
-    class Compiled(Plain):
-        def __init__(self):
-            super().__init__()
-            self.fast = torch.compile(self.logits, backend="eager")
-
-        def logits(self, x):
-            return self.net(x)
-
-        def forward(self, x):
-            return self.fast(x)
-
     torch.compiler.reset()
     module = Compiled()
     if has_run:
@@ -97,18 +98,6 @@ def test_hooks_that_come_too_late_for_compiled_code(examine, has_run):
 
 def test_too_late_for_compiled_code_is_what_fit_finds_in_its_own_words(tmp_path):
     """What the finding above foretells: the tap hears nothing, in a run that is otherwise in order."""
-
-    class Compiled(Plain):
-        def __init__(self):
-            super().__init__()
-            self.fast = torch.compile(self.logits, backend="eager")
-
-        def logits(self, x):
-            return self.net(x)
-
-        def forward(self, x):
-            return self.fast(x)
-
     torch.compiler.reset()
     module = Compiled()
     trainer(tmp_path).fit(module, loader())

@@ -89,17 +89,16 @@ def test_a_monitor_says_so_once_with_epoch_layer_and_share_and_goes_on(tmp_path,
     assert run.callback_metrics
 
 
-@pytest.mark.parametrize("head", [[], [GrassmannHead], [SimplexETFHead]], ids=["linear", "subspaces", "simplex"])
-@pytest.mark.parametrize(
-    "monitor",
-    [NeuralCollapseMonitor, GrassmannMonitor, pytest.param(MixupGeometryMonitor, marks=slow), LinearProbe],
-)
-def test_weights_that_are_nan_end_no_run(tmp_path, head, monitor):
-    if monitor is GrassmannMonitor and head != [GrassmannHead]:
-        pytest.skip("it needs subspaces")
-    if monitor is MixupGeometryMonitor and head == [GrassmannHead]:
-        pytest.skip("a subspace is no row")
+LINEAR, SUBSPACES, SIMPLEX = [], [GrassmannHead], [SimplexETFHead]
+MEASURED = [
+    (monitor, head) for monitor in (NeuralCollapseMonitor, LinearProbe) for head in (LINEAR, SUBSPACES, SIMPLEX)
+]
+MEASURED += [(GrassmannMonitor, SUBSPACES)]  # of subspaces alone
+MEASURED += [pytest.param(MixupGeometryMonitor, head, marks=slow) for head in (LINEAR, SIMPLEX)]  # of rows alone
 
+
+@pytest.mark.parametrize(("monitor", "head"), MEASURED)
+def test_weights_that_are_nan_end_no_run(tmp_path, head, monitor):
     class Diverges(Inert):
         @torch.no_grad()
         def on_train_epoch_start(self):
