@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from turns import add_efforts
 
 from lightning_feat.baselines import TimmClassifier
-from lightning_feat.callbacks.feature_shift import FeatureShiftMonitor
-from lightning_feat.callbacks.feature_shift_regularizer import FeatureShiftRegularizer
+from lightning_feat.callbacks.feature_shift.monitor import FeatureShiftMonitor
+from lightning_feat.callbacks.feature_shift.regularizer import FeatureShiftRegularizer
 from lightning_feat.data import IndexedDataset
 
 CASES = {  # network, layers, image size, batch size

@@ -15,7 +15,7 @@ import processes
 from subjects import SUBJECTS
 from turns import Effort, Spread, add_efforts, in_turns, pick, spread_of, table, timed
 
-from lightning_feat.callbacks.figures import COLOURS, DOTS_PER_INCH
+from lightning_feat.callbacks.reports.figures import COLOURS, DOTS_PER_INCH
 
 AXES = {"classes": "classes", "width": "features", "samples": "samples", "processes": "processes"}
 MARKS = "osD^vP*"

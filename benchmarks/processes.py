@@ -20,8 +20,8 @@ import torch.distributed
 from subjects import Sizes, collapse_update, features_of
 from turns import Effort, effort_asked, pick, spread_of, table
 
+from lightning_feat.joints.data.processes import gather_samples
 from lightning_feat.metrics import NeuralCollapse
-from lightning_feat.processes import gather_samples
 
 COUNTS = (2, 3, 4)  # with one nothing is sent
 CALLS = 10  # in one time

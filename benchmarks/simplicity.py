@@ -26,7 +26,7 @@ from turns import add_efforts
 
 from lightning_feat.baselines import MLPClassifier, TimmClassifier
 from lightning_feat.callbacks import SimplicityBiasUpsampler
-from lightning_feat.functional.simplicity import two_means
+from lightning_feat.functional.simplicity_bias.clusters import two_means
 
 CASES = [(10_000, 10, 10), (50_000, 100, 100), (100_000, 100, 100)]  # examples, classes, outputs
 MOMENT = [(200, 2, 4)]

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from turns import Step
 
-from lightning_feat.functional.collapse_losses import between_class_push, within_class_pull
 from lightning_feat.functional.feature_shift import relative_shift
-from lightning_feat.functional.linear_probe import linear_probe
-from lightning_feat.functional.simplicity import two_means
+from lightning_feat.functional.neural_collapse.losses import between_class_push, within_class_pull
+from lightning_feat.functional.simplicity_bias.clusters import two_means
+from lightning_feat.functional.transfer.probe import linear_probe
 from lightning_feat.metrics import NeuralCollapse
 
 Axis = Literal["classes", "width", "samples"]

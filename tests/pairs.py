@@ -6,20 +6,30 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+ROOT = str(Path(__file__).parents[1])
 
-def run_pair(cases: str, folder: Path) -> list[dict[str, Any]]:
-    """The results of all cases on both processes, by name; an error is a string. ``cases`` is a file with a ``main``
-    as in ``ddp_cases``."""
+
+def run_pair(cases: ModuleType, folder: Path) -> list[dict[str, Any]]:
+    """The results of all cases on both processes, by name; an error is a string. ``cases`` has a ``main`` as
+    ``tests.joints.ddp_cases`` has."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": "2"}
     paths = [folder / f"{rank}.json" for rank in range(2)]
     processes = []
     for rank, path in enumerate(paths):
-        env = {**os.environ, **where, "NODE_RANK": "0", "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, cases, str(path)]
+        env = {
+            **os.environ,
+            **where,
+            "NODE_RANK": "0",
+            "LOCAL_RANK": str(rank),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": ROOT,
+        }
+        command = [sys.executable, "-m", cases.__name__, str(path)]
         out = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
         processes.append(subprocess.Popen(command, env=env, cwd=folder, **out))
     try:

@@ -1,4 +1,4 @@
-"""The arrows between the rooms point one way, and importing the package costs next to nothing."""
+"""The arrows between the rooms point one way, families keep to themselves, and importing the package costs nothing."""
 
 import ast
 import subprocess
@@ -7,41 +7,42 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "lightning_feat"
-BELOW = {  # what of ours each room may import
-    "functional": {"functional"},
-    "metrics": {"metrics", "functional"},
-    "manifolds": {"manifolds", "functional"},
-    "layers": {"layers", "manifolds", "functional"},
-    "optim": {"optim", "layers", "manifolds", "functional"},
-    "data": {"data"},
-    "baselines": {"baselines"},
-    "wraps": set(),
-    "batches": set(),
-    "heads": set(),
-    "head_swap": {"heads", "taps", "wraps"},
-    "own_parameters": set(),
-    "taps": {"heads"},
-    "labelled_taps": {"batches", "heads", "taps"},
-    "passes": {"batches"},
-    "processes": {"functional"},
-    "train_loader": set(),
-    "restart": {"train_loader"},
-    "clip_hooks": {"heads"},
-    "clip_tower": {"clip_hooks"},
-    "clip_towers": {"clip_hooks", "clip_tower", "taps"},
-    "reference": {"reference", "batches", "clip_towers", "functional", "heads", "passes", "taps"},
-    "loss_terms": {"batches", "taps"},
-    "loss_engine": {"loss_terms", "own_parameters", "wraps"},
-    "doctor": {"doctor", "callbacks", "batches", "heads", "loss_engine", "loss_terms", "taps", "wraps"},
-    "__main__": {"doctor"},
-    "__init__": set(),
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "lightning_feat"
+FAMILIES = {"neural_collapse", "grassmann", "simplicity_bias", "feature_shift", "transfer"}
+BY_FAMILY = ("callbacks", "functional")  # the kinds that have a room for each family
+SHARED = {  # what stands beside the families in a kind
+    "callbacks": {"reports", "data_plan", "feature_regularizer"},
+    "functional": {"common"},
+    "metrics": set(),
+    "manifolds": set(),
+    "layers": set(),
+    "optim": set(),
+    "mixins": {"loss_terms"},
 }
-JOINTS = {"wraps", "batches", "heads", "head_swap", "own_parameters", "taps", "labelled_taps", "loss_terms"}
-JOINTS |= {"loss_engine"}
-JOINTS |= {"passes", "processes", "restart", "train_loader", "clip_hooks", "clip_tower", "clip_towers", "reference"}
-BELOW["callbacks"] = {"callbacks", "metrics", "data", *BELOW["optim"], *JOINTS}
-BELOW["mixins"] = {"mixins", "metrics", *BELOW["optim"], *JOINTS}
+BELOW = {  # what of ours each room may import, beside itself
+    "functional": set(),
+    "metrics": {"functional"},
+    "manifolds": {"functional"},
+    "layers": {"functional", "manifolds"},
+    "optim": {"functional", "manifolds", "layers"},
+    "data": set(),
+    "baselines": set(),
+    "joints/run": set(),
+    "joints/features": set(),
+    "joints/module": {"joints/features"},
+    "joints/loss": {"joints/features", "joints/module"},
+    "joints/data": {"joints/features", "functional"},
+    "joints/clip": {"joints/features"},
+    "joints/reference": {"joints/features", "joints/data", "joints/clip", "functional"},
+    "callbacks": {"functional", "metrics", "layers", "optim", "data", "joints"},
+    "mixins": {"callbacks", "joints"},
+    "doctor": {"callbacks", "joints"},
+    "__main__": {"doctor"},
+}
+ACROSS = {  # which family's callbacks use those of another
+    "simplicity_bias": {"data_plan"},
+}
 FOREIGN = {  # what of others, beside the standard library, a room may import at the top of a file
     "functional": {"torch"},
     "metrics": {"torch", "torchmetrics"},
@@ -49,39 +50,68 @@ FOREIGN = {  # what of others, beside the standard library, a room may import at
     "layers": {"torch"},
     "optim": {"torch"},
 }
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.name == "__main__.py")
 
 
 def imports(path, top_level_only=False):
     tree = ast.parse(path.read_text())
-    nodes = tree.body if top_level_only else ast.walk(tree)
-    for node in nodes:
+    for node in tree.body if top_level_only else ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: imports are absolute"
-            yield from (
-                [f"{node.module}.{alias.name}" for alias in node.names]
-                if node.module == "lightning_feat"
-                else [node.module]
-            )
+            yield node.module
 
 
-def room(path):
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def ours(path):
+    """The places of ours that a file imports, as parts of a path."""
+    names = (name.split(".") for name in imports(path))
+    return [name[1:] for name in names if name[0] == "lightning_feat" and len(name) > 1]
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def place(path):
+    return path.relative_to(PACKAGE).with_suffix("").parts
+
+
+def room(parts):
+    return "/".join(parts[: 2 if parts[0] == "joints" else 1])
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_point_one_way(path):
-    for name in imports(path):
-        if name.startswith("lightning_feat."):
-            assert name.split(".")[1] in BELOW[room(path)], f"{room(path)} may not import {name}"
-    allowed = FOREIGN.get(room(path))
-    if allowed is not None:
-        for name in imports(path, top_level_only=True):
-            first = name.split(".")[0]
-            assert first in allowed | {"lightning_feat"} | sys.stdlib_module_names, (
-                f"{room(path)} may not import {name}"
-            )
+    here = room(place(path))
+    for target in ours(path):
+        there = room(target)
+        assert there == here or {there, target[0]} & BELOW[here], f"{here} may not import {'.'.join(target)}"
+    allowed = FOREIGN.get(here)
+    for name in imports(path, top_level_only=True) if allowed is not None else ():
+        first = name.split(".")[0]
+        assert first in allowed | {"lightning_feat"} | sys.stdlib_module_names, f"{here} may not import {name}"
+
+
+@pytest.mark.parametrize("kind", BY_FAMILY)
+def test_a_family_imports_no_other(kind):
+    for path in (PACKAGE / kind).glob("*/*.py"):
+        family = path.parent.name
+        free = SHARED[kind] - {"data_plan", "feature_regularizer"} | {family} | ACROSS.get(family, set())
+        for target in ours(path):
+            assert target[0] != kind or target[1] in free, f"{path} may not import {'.'.join(target)}"
+
+
+def test_a_family_has_one_name_everywhere():
+    for kind, shared in SHARED.items():
+        rooms = {path.stem for path in (PACKAGE / kind).iterdir() if path.suffix in ("", ".py")}
+        assert rooms - {"__init__", "__pycache__"} <= FAMILIES | shared, kind
+    assert {path.name for path in (ROOT / "recipes").iterdir() if path.is_dir()} <= FAMILIES
+    for kind in BY_FAMILY:
+        rooms = {path.name for path in (ROOT / "tests" / kind).iterdir() if path.is_dir()}
+        assert rooms - {"__pycache__"} <= FAMILIES | SHARED[kind], kind
+
+
+def test_no_room_is_full():
+    for folder in (PACKAGE, *(path for path in PACKAGE.rglob("*") if path.is_dir() and path.name != "__pycache__")):
+        entries = [path for path in folder.iterdir() if path.name != "__pycache__"]
+        assert len(entries) <= 15, f"{folder} holds {len(entries)} files and folders: a family that wants a room?"
 
 
 def loaded(imported):

@@ -3,24 +3,24 @@
 A ``*Monitor`` only reads, a ``*Regularizer`` changes the loss.
 """
 
-from lightning_feat.callbacks.collapse_regularizer import NeuralCollapseRegularizer
-from lightning_feat.callbacks.collapse_thresholds import CollapseThreshold
-from lightning_feat.callbacks.curves import CurvePlotter, Panel
 from lightning_feat.callbacks.data_plan import DataPlan
-from lightning_feat.callbacks.feature_shift import FeatureShiftMonitor
-from lightning_feat.callbacks.feature_shift_regularizer import FeatureShiftRegularizer
-from lightning_feat.callbacks.grassmann import GrassmannHead
-from lightning_feat.callbacks.grassmann_monitor import GrassmannMonitor
-from lightning_feat.callbacks.history import MetricHistory
-from lightning_feat.callbacks.linear_probe import LinearProbe
-from lightning_feat.callbacks.mixup_geometry import MixupGeometryMonitor
-from lightning_feat.callbacks.neural_collapse import NeuralCollapseMonitor
-from lightning_feat.callbacks.prompts import PromptLearner
-from lightning_feat.callbacks.regression_collapse import RegressionCollapseMonitor
-from lightning_feat.callbacks.regularizer import FeatureRegularizer, Regularizer
-from lightning_feat.callbacks.simplex import DotRegressionRegularizer, SimplexETFHead
-from lightning_feat.callbacks.summary import SummaryTable
-from lightning_feat.callbacks.upsampling import SimplicityBiasUpsampler
+from lightning_feat.callbacks.feature_regularizer import FeatureRegularizer
+from lightning_feat.callbacks.feature_shift import FeatureShiftMonitor, FeatureShiftRegularizer, PromptLearner
+from lightning_feat.callbacks.grassmann import GrassmannHead, GrassmannMonitor
+from lightning_feat.callbacks.neural_collapse import (
+    CollapseThreshold,
+    DotRegressionRegularizer,
+    MixupGeometryMonitor,
+    NeuralCollapseMonitor,
+    NeuralCollapseRegularizer,
+    RegressionCollapseMonitor,
+    SimplexETFHead,
+)
+from lightning_feat.callbacks.reports import CurvePlotter, MetricHistory, Panel, SummaryTable
+from lightning_feat.callbacks.simplicity_bias import SimplicityBiasUpsampler
+from lightning_feat.callbacks.transfer import LinearProbe
+from lightning_feat.joints.loss.regularizer import Regularizer
+from lightning_feat.joints.loss.terms import WeightSchedule
 
 __all__ = [
     "CollapseThreshold",
@@ -44,4 +44,5 @@ __all__ = [
     "SimplexETFHead",
     "SimplicityBiasUpsampler",
     "SummaryTable",
+    "WeightSchedule",
 ]

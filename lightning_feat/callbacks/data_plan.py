@@ -7,16 +7,16 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_feat.callbacks.twins import callbacks_of, refuse_twin
 from lightning_feat.data.plan import Length, PlanSampler
-from lightning_feat.passes import is_last_epoch
-from lightning_feat.train_loader import (
+from lightning_feat.joints.data.passes import is_last_epoch
+from lightning_feat.joints.data.train_loader import (
     change_train_loader,
     end_the_epoch_resumed,
     make_train_loader_anew,
     restore_train_loader,
     with_sampler,
 )
+from lightning_feat.joints.run.twins import callbacks_of, refuse_twin
 
 Counts = Tensor | Sequence[int]
 

@@ -2,13 +2,13 @@
 
 from typing import Any
 
-from lightning_feat.callbacks.grassmann import GrassmannHead
-from lightning_feat.callbacks.simplex import SimplexETFHead
+from lightning_feat.callbacks.grassmann.head import GrassmannHead
+from lightning_feat.callbacks.neural_collapse.simplex import SimplexETFHead
 from lightning_feat.doctor.blame import is_ours, name_of
 from lightning_feat.doctor.finding import Finding
 from lightning_feat.doctor.terms import taps_in
 from lightning_feat.doctor.trial import Run
-from lightning_feat.heads import _is_compiled
+from lightning_feat.joints.features.heads import _is_compiled
 
 _AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
 _HEADS = (GrassmannHead, SimplexETFHead)

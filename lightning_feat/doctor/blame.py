@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_feat.doctor.finding import Finding
 from lightning_feat.doctor.watch import Watch
-from lightning_feat.loss_terms import LossTerm
-from lightning_feat.taps import FeatureTap, TapError
+from lightning_feat.joints.features.taps import FeatureTap, TapError
+from lightning_feat.joints.loss.terms import LossTerm
 
 # By the function that raised: what was looked at, why it matters, and what to do beyond what the message says.
 _CHECKS = {

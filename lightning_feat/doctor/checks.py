@@ -8,19 +8,19 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler, SequentialSampler
 
-from lightning_feat.batches import TargetKey, targets_of
 from lightning_feat.callbacks.data_plan import DataPlan
-from lightning_feat.callbacks.grassmann_monitor import GrassmannMonitor
-from lightning_feat.callbacks.neural_collapse import NeuralCollapseMonitor
-from lightning_feat.callbacks.upsampling import SimplicityBiasUpsampler
+from lightning_feat.callbacks.grassmann.monitor import GrassmannMonitor
+from lightning_feat.callbacks.neural_collapse.monitor import NeuralCollapseMonitor
+from lightning_feat.callbacks.simplicity_bias.upsampler import SimplicityBiasUpsampler
 from lightning_feat.doctor.blame import name_of
 from lightning_feat.doctor.finding import Finding
 from lightning_feat.doctor.labels import differ, num_mixed
 from lightning_feat.doctor.schedules import check_schedules
 from lightning_feat.doctor.trial import Run, Trial
 from lightning_feat.doctor.watch import Watch
-from lightning_feat.heads import find_classifier
-from lightning_feat.loss_terms import LossTerm
+from lightning_feat.joints.features.batches import TargetKey, targets_of
+from lightning_feat.joints.features.heads import find_classifier
+from lightning_feat.joints.loss.terms import LossTerm
 
 
 def check_trial(run: Run, trial: Trial, watch: Watch) -> list[Finding]:

@@ -19,7 +19,7 @@ from lightning_feat.doctor.blame import is_ours, name_of
 from lightning_feat.doctor.finding import Finding
 from lightning_feat.doctor.terms import begin_now
 from lightning_feat.doctor.trial import Run, make_trial, without_a_trace
-from lightning_feat.wraps import add_link
+from lightning_feat.joints.module.wraps import add_link
 
 _ROUNDS, _FEWEST_ROUNDS = 7, 5  # by chance all of 5 rounds have one sign in 6 % of cases, all of 7 in 2 %
 _FEWEST, _MOST, _WARM = 10, 60, 3  # batches of one copy, and how many of them come first and do not count

@@ -4,9 +4,9 @@ from typing import Any
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from lightning_feat.callbacks.grassmann import GrassmannHead
-from lightning_feat.callbacks.grassmann_monitor import GrassmannMonitor
-from lightning_feat.callbacks.simplex import DotRegressionRegularizer, SimplexETFHead
+from lightning_feat.callbacks.grassmann.head import GrassmannHead
+from lightning_feat.callbacks.grassmann.monitor import GrassmannMonitor
+from lightning_feat.callbacks.neural_collapse.simplex import DotRegressionRegularizer, SimplexETFHead
 from lightning_feat.doctor.before import averaging_before_heads, compiled_before_hooks
 from lightning_feat.doctor.blame import blame, name_of, warning_findings
 from lightning_feat.doctor.checks import check_trial

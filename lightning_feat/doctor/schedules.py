@@ -9,7 +9,7 @@ from torch.optim.lr_scheduler import ChainedScheduler, CosineAnnealingLR, OneCyc
 from torch.utils.data import DataLoader
 
 from lightning_feat.callbacks.data_plan import DataPlan
-from lightning_feat.callbacks.upsampling import SimplicityBiasUpsampler
+from lightning_feat.callbacks.simplicity_bias.upsampler import SimplicityBiasUpsampler
 from lightning_feat.doctor.finding import Finding, Severity
 
 

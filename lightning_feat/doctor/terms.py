@@ -8,9 +8,9 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from lightning_feat.loss_engine import loss_terms_of
-from lightning_feat.loss_terms import LossTerm
-from lightning_feat.taps import FeatureTap
+from lightning_feat.joints.features.taps import FeatureTap
+from lightning_feat.joints.loss.engine import loss_terms_of
+from lightning_feat.joints.loss.terms import LossTerm
 
 
 @dataclass

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 
 from lightning_feat.doctor.labels import TargetEar
 from lightning_feat.doctor.terms import Heard, begin_now, listen_to
-from lightning_feat.loss_engine import loss_terms_of
-from lightning_feat.wraps import add_link
+from lightning_feat.joints.loss.engine import loss_terms_of
+from lightning_feat.joints.module.wraps import add_link
 
 _KEY = "doctor"
 _KEPT_STEPS = 8  # their batches stay in memory

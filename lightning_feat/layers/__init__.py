@@ -1,9 +1,9 @@
 """Heads and blocks to build into a model."""
 
+from lightning_feat.layers.feature_shift.prompts import DeepPrompts, insert_prompts
+from lightning_feat.layers.feature_shift.surgery import SurgeryBlock, attach_surgery
 from lightning_feat.layers.grassmann import GrassmannLinear
-from lightning_feat.layers.prompts import DeepPrompts, insert_prompts
-from lightning_feat.layers.simplex import SimplexETF, SparseETF
-from lightning_feat.layers.surgery import SurgeryBlock, attach_surgery
+from lightning_feat.layers.neural_collapse import SimplexETF, SparseETF
 
 __all__ = [
     "DeepPrompts",

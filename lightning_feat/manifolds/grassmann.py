@@ -15,7 +15,7 @@ from geoopt.utils import size2shape
 from torch import Tensor
 
 from lightning_feat.functional.grassmann import geodesic_distance, polar_projection, random_basis
-from lightning_feat.functional.grassmann_geodesic import cos_and_sinc
+from lightning_feat.functional.grassmann.geodesic import cos_and_sinc
 
 __all__ = ["Grassmann"]
 

@@ -1,6 +1,6 @@
 """What adds up over batches and over processes, around the functions of ``functional``."""
 
-from lightning_feat.metrics.class_separation import ClassSeparation, WithinClassVariability
 from lightning_feat.metrics.neural_collapse import ClassDistanceNormalizedVariance, NeuralCollapse
+from lightning_feat.metrics.transfer import ClassSeparation, WithinClassVariability
 
 __all__ = ["ClassDistanceNormalizedVariance", "ClassSeparation", "NeuralCollapse", "WithinClassVariability"]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_feat.functional.grassmann import geodesic_distance, principal_angles
-from lightning_feat.functional.grassmann_angles import pairwise_principal_angles
+from lightning_feat.functional.grassmann.angles import pairwise_principal_angles
 
 _BLOCK_BYTES = 64 * 2**20  # of the bases of the pairs that are compared at once
 

@@ -13,7 +13,7 @@ from torch.linalg import vector_norm
 from torch.nn import Module
 from torchmetrics import Metric
 
-from lightning_feat.functional.class_sums import (
+from lightning_feat.functional.common.class_sums import (
     CenterSums,
     ClassCenters,
     ClassSums,
@@ -125,7 +125,7 @@ class _ClassSumsMetric(Metric):
             features: ``(N, D)``, any floating dtype. Samples that are not finite are left out and counted.
             targets: ``(N,)`` class indices in ``[0, num_classes)``, or ``(N, C)`` floating soft targets.
             repeated: ``(N,)`` mask of samples that a distributed sampler repeats to even out the processes, left out
-                here; :func:`~lightning_feat.functional.class_sums.repeated_by_sampler` makes it.
+                here; :func:`~lightning_feat.functional.common.class_sums.repeated_by_sampler` makes it.
 
         Raises:
             ValueError: if shapes do not fit, or a class index is out of range (on an accelerator: at the first batch,

@@ -1,6 +1,6 @@
 from torch import Tensor
 
-from lightning_feat.loss_engine import waiting_loss_terms
+from lightning_feat.joints.loss.engine import waiting_loss_terms
 
 
 class LossTermsMixin:

@@ -1,5 +1,5 @@
 """Steps for parameters that live on a manifold."""
 
-from lightning_feat.optim.grassmann import SubspaceStep, follow_subspaces
+from lightning_feat.optim.grassmann.step import SubspaceStep, follow_subspaces
 
 __all__ = ["SubspaceStep", "follow_subspaces"]

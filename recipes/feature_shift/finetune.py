@@ -30,12 +30,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_feat.baselines import MLPClassifier
-from lightning_feat.callbacks.feature_shift import FeatureShiftMonitor
-from lightning_feat.callbacks.feature_shift_figures import draw_map
-from lightning_feat.callbacks.feature_shift_regularizer import FeatureShiftRegularizer
-from lightning_feat.callbacks.figures import COLOURS
+from lightning_feat.callbacks.feature_shift.figures import draw_map
+from lightning_feat.callbacks.feature_shift.monitor import FeatureShiftMonitor
+from lightning_feat.callbacks.feature_shift.regularizer import FeatureShiftRegularizer
+from lightning_feat.callbacks.reports.figures import COLOURS
 from lightning_feat.data.digits import DigitsDataModule, DigitsPart
-from lightning_feat.functional.linear_probe import linear_probe
+from lightning_feat.functional.transfer.probe import linear_probe
 
 NUM_OLD = 5  # classes 0 to 4 are old, 5 to 9 new
 HIDDEN = (128,) * 5

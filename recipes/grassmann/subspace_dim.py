@@ -29,13 +29,13 @@ from torch.utils.data import DataLoader
 from lightning_feat.baselines import MLPClassifier
 from lightning_feat.callbacks import GrassmannHead
 from lightning_feat.data.digits import DigitsDataModule, DigitsPart
-from lightning_feat.functional.class_separation import (
+from lightning_feat.functional.transfer.class_separation import (
     class_separation_r2,
     direction_sums,
     pair_angle_sums,
     within_class_variability,
 )
-from lightning_feat.functional.linear_probe import linear_probe
+from lightning_feat.functional.transfer.probe import linear_probe
 
 NUM_CLASSES, NUM_FEATURES, HIDDEN = 5, 128, 256  # classes trained on; width of the features; and of the layer before
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # of the probe, which picks one; below, its fit takes seconds

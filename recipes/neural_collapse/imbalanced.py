@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader
 from lightning_feat.baselines import MLPClassifier
 from lightning_feat.callbacks import DotRegressionRegularizer, NeuralCollapseRegularizer, SimplexETFHead
 from lightning_feat.data.digits import DigitsDataModule, DigitsPart
-from lightning_feat.functional.class_sums import class_means, class_sums
+from lightning_feat.functional.common.class_sums import class_means, class_sums
 
 NUM_CLASSES, HIDDEN, SMALL = 10, (256, 128), 5  # the small classes are the last five
 # Distinct for all kinds of colour vision; Okabe and Ito, "Color Universal Design", 2008.

@@ -28,8 +28,9 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from lightning_feat.baselines import UnconstrainedFeatures
-from lightning_feat.functional.class_sums import class_means, class_sums
-from lightning_feat.functional.collapse_geometry import (
+from lightning_feat.functional.common.class_sums import class_means, class_sums
+from lightning_feat.functional.neural_collapse import nc1_quotient
+from lightning_feat.functional.neural_collapse.geometry import (
     ce_frame,
     ce_merge_count,
     ce_nonnegative_collapse_count,
@@ -38,8 +39,7 @@ from lightning_feat.functional.collapse_geometry import (
     mse_orthogonal_frame,
     seli_grams,
 )
-from lightning_feat.functional.neural_collapse import nc1_quotient
-from lightning_feat.functional.regression_collapse import (
+from lightning_feat.functional.neural_collapse.regression import (
     nrc1,
     nrc2,
     nrc3,

@@ -40,7 +40,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from lightning_feat.baselines import TimmClassifier
 from lightning_feat.data import ElpvDataModule
 from lightning_feat.data.elpv import ElpvPart, load_elpv
-from lightning_feat.functional.simplicity import slow_examples
+from lightning_feat.functional.simplicity_bias.clusters import slow_examples
 
 CLASSES = ("sound", "broken")
 METHODS = {"plain": "each photograph once", "slow": "slow ones twice", "random": "as many random ones twice"}

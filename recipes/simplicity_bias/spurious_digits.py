@@ -40,7 +40,7 @@ from lightning_feat.data.spurious_digits import (
     SpuriousDigitsPart,
     patch_likelihood,
 )
-from lightning_feat.functional.reliance import (
+from lightning_feat.functional.simplicity_bias.reliance import (
     accuracy,
     block_randomized,
     feature_reliance,

@@ -27,10 +27,10 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from lightning_feat.baselines.cubic_cnn import CubicCNN
-from lightning_feat.callbacks.figures import COLOURS
+from lightning_feat.callbacks.reports.figures import COLOURS
 from lightning_feat.data.two_feature_patches import FAST_AXIS, SLOW_AXIS, PatchesPart, TwoFeaturePatchesDataModule
-from lightning_feat.functional.separating_epoch import separating_epoch
-from lightning_feat.functional.simplicity import slow_examples
+from lightning_feat.functional.simplicity_bias.clusters import slow_examples
+from lightning_feat.functional.simplicity_bias.epochs import separating_epoch
 
 LEARNED = 0.5  # product of a filter with a feature from which on the feature is learned; it passes in no time
 

@@ -1,15 +1,12 @@
 import json
 import math
 import os
-import socket
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import trainer
 from lightning import seed_everything
 from lightning.pytorch.strategies import DDPStrategy
 from torch.nn.functional import cosine_similarity
@@ -18,6 +15,8 @@ from torch.utils.data import DataLoader, DistributedSampler
 from lightning_feat.baselines.clip import SmallClip
 from lightning_feat.baselines.clip_pretraining import SmallClipPretraining, contrastive_loss, load_small_clip
 from lightning_feat.baselines.clip_tokenizer import WordTokenizer
+from tests.helpers import trainer
+from tests.pairs import run_pair
 
 SMALL = {"context_length": 6, "image_size": 16, "patch_size": 8, "embed_dim": 8, "width": 16, "layers": 2, "heads": 2}
 TOWERS = {f"{kind}_{name}": SMALL[name] for kind in ("vision", "text") for name in ("width", "layers", "heads")}
@@ -254,22 +253,7 @@ def trained_weights(world):
 
 @pytest.mark.slow
 def test_two_processes_compare_the_pairs_of_both(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": "2"}
-    paths, processes = [tmp_path / f"{rank}.json" for rank in range(2)], []
-    for rank, path in enumerate(paths):
-        env = {**os.environ, **where, "NODE_RANK": "0", "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
-        env["PYTHONPATH"] = str(Path(__file__).parents[1])  # for helpers
-        command = [sys.executable, "-W", "ignore", __file__, str(path)]
-        processes.append(subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE))
-    try:
-        errors = [process.communicate(timeout=180)[1].decode() for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert all(path.exists() for path in paths), errors
-    pair = [json.loads(path.read_text()) for path in paths]
+    pair = run_pair(sys.modules[__name__], tmp_path)
     assert pair[0] == pair[1]
     alone = trained_weights(1)
     assert pair[0] == pytest.approx(alone, rel=1e-4, abs=2e-5)  # float32, 6 steps

@@ -5,7 +5,6 @@ import sys
 
 import pytest
 import torch
-from helpers import trainer
 from lightning import Callback
 from torch import nn
 from torch.nn.functional import cosine_similarity, cross_entropy, normalize
@@ -15,8 +14,9 @@ from lightning_feat.baselines.clip_classifier import ClipClassifier
 from lightning_feat.baselines.clip_pretraining import SmallClipPretraining
 from lightning_feat.baselines.clip_sources import load_clip
 from lightning_feat.callbacks import PromptLearner
-from lightning_feat.own_parameters import adopt, append_to_optimizer, load, release, save
-from lightning_feat.wraps import add_link, remove_link
+from lightning_feat.joints.module.own_parameters import adopt, append_to_optimizer, load, release, save
+from lightning_feat.joints.module.wraps import add_link, remove_link
+from tests.helpers import trainer
 
 BASE, NOVEL = ["red one", "blue two", "red two"], ["blue one", "green one"]
 SMALL = {"context_length": 16, "image_size": 16, "patch_size": 8, "embed_dim": 8, "width": 16, "layers": 2, "heads": 2}

@@ -1,13 +1,13 @@
 import pytest
 import torch
-from helpers import trainer
 from lightning.pytorch.cli import LightningCLI
 from torch.nn.functional import cross_entropy
 
 from lightning_feat.baselines.cubic_cnn import CubicCNN
 from lightning_feat.callbacks import NeuralCollapseMonitor
 from lightning_feat.data.two_feature_patches import FAST_AXIS, SLOW_AXIS, TwoFeaturePatchesDataModule
-from lightning_feat.heads import find_classifier
+from lightning_feat.joints.features.heads import find_classifier
+from tests.helpers import trainer
 
 
 def by_definition(module, patches):

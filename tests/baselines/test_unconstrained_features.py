@@ -8,8 +8,8 @@ from lightning.pytorch.cli import LightningCLI
 
 from lightning_feat.baselines import UnconstrainedFeatures
 from lightning_feat.callbacks import NeuralCollapseMonitor
-from lightning_feat.functional import collapse_geometry as geometry
-from lightning_feat.functional.regression_collapse import regression_optimum
+from lightning_feat.functional.neural_collapse import geometry as geometry
+from lightning_feat.functional.neural_collapse.regression import regression_optimum
 
 
 def train(tmp_path, callbacks=(), max_epochs=400, **arguments):

@@ -6,7 +6,6 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.multiprocessing
-from helpers import Plain, equal, points, trainer, weights
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
@@ -14,6 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset, WeightedRandomSampler
 
 from lightning_feat.callbacks import DataPlan, NeuralCollapseMonitor
 from lightning_feat.data import IndexedDataset, PlanSampler
+from tests.helpers import Plain, equal, points, trainer, weights
 
 SIZE = 7
 COUNTS = {0: None, 1: [2, 0, 1, 1, 1, 3, 1], 2: [2, 0, 1, 1, 1, 3, 1], 3: torch.tensor([1, 1, 1, 1, 0, 0, 0])}

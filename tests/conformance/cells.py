@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conformance import courses
-from conformance.conditions import Condition
-from conformance.registry import Entry, company
-from conformance.sides import Run, Side, patches, state
 
 from lightning_feat.callbacks import MetricHistory
+from tests.conformance import courses
+from tests.conformance.conditions import Condition
+from tests.conformance.registry import Entry, company
+from tests.conformance.sides import Run, Side, patches, state
 
 
 @dataclass(frozen=True)

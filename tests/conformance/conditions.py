@@ -7,13 +7,14 @@ from datetime import timedelta
 from typing import Any, Literal
 
 import torch
-from conformance import courses
-from conformance.modules import Habits
-from conformance.registry import Entry
-from conformance.sides import Run, Side
 from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+
+from tests.conformance import courses
+from tests.conformance.modules import Habits
+from tests.conformance.registry import Entry
+from tests.conformance.sides import Run, Side
 
 # torch 2.6 fails inside FSDP2 on a CPU, 2.15 works; below 2.8 it was not tried
 FSDP2 = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 8)

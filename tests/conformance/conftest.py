@@ -1,6 +1,7 @@
 import pytest
-from conformance import table
-from conformance.pair import run_pair
+
+from tests.conformance import table
+from tests.conformance.pair import run_pair
 
 
 @pytest.fixture(scope="session")

@@ -14,14 +14,15 @@ from unittest import mock
 import lightning.pytorch as pl
 import torch
 import yaml
-from conformance import modules
-from conformance.expected import everywhere
-from conformance.modules import whole
-from conformance.registry import Failure
-from conformance.sides import Run, Side, patches
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.tuner import Tuner
+
+from tests.conformance import modules
+from tests.conformance.expected import everywhere
+from tests.conformance.modules import whole
+from tests.conformance.registry import Failure
+from tests.conformance.sides import Run, Side, patches
 
 
 def fit(side: Side) -> Run:

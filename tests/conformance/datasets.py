@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from conformance.modules import NUM_CLASSES, Habits
 from torch import Tensor
 from torch.nn.functional import one_hot
 from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from tests.conformance.modules import NUM_CLASSES, Habits
 
 SAMPLES, BATCH = 32, 8
 

@@ -4,19 +4,19 @@ from typing import Any
 
 import torch
 import torch.distributed
-from conformance.modules import NUM_CLASSES
 from torch import Tensor
 
-from lightning_feat.functional.class_separation import (
+from lightning_feat.functional.common.class_sums import class_sums
+from lightning_feat.functional.neural_collapse import collapse_measures
+from lightning_feat.functional.neural_collapse.regression import nrc1, nrc2
+from lightning_feat.functional.transfer.class_separation import (
     class_separation_r2,
     direction_sums,
     pair_angle_sums,
     within_class_variability,
 )
-from lightning_feat.functional.class_sums import class_sums
-from lightning_feat.functional.linear_probe import hold_out, linear_probe
-from lightning_feat.functional.neural_collapse import collapse_measures
-from lightning_feat.functional.regression_collapse import nrc1, nrc2
+from lightning_feat.functional.transfer.probe import hold_out, linear_probe
+from tests.conformance.modules import NUM_CLASSES
 
 Values = dict[str, float]
 

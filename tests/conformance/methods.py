@@ -10,21 +10,21 @@ from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
-from conformance.expected import measured
-from conformance.modules import NUM_CLASSES, WIDTH
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from lightning_feat.data import PlanSampler
-from lightning_feat.functional.collapse_losses import (
+from lightning_feat.functional.neural_collapse.losses import (
     between_class_push,
     dot_regression,
     scale_gradient,
     within_class_pull,
 )
-from lightning_feat.functional.simplicity import slow_examples
+from lightning_feat.functional.simplicity_bias.clusters import slow_examples
 from lightning_feat.layers import DeepPrompts, GrassmannLinear, SimplexETF
+from tests.conformance.expected import measured
+from tests.conformance.modules import NUM_CLASSES, WIDTH
 
 SPREAD_WEIGHT, PULL_WEIGHT, PUSH_WEIGHT, GRAM_WEIGHT = 0.3, 0.2, 0.1, 0.01
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import clip_models
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_feat.baselines.clip import SmallClip
 from lightning_feat.mixins import LossTermsMixin
+from tests.joints.clip import models as clip_models
 
 NUM_CLASSES, WIDTH = 3, 8
 

@@ -30,10 +30,10 @@ def run_pair(folder: Path) -> list[Found]:
         "OMP_NUM_THREADS": "1",
     }
     files = [folder / f"{rank}.json" for rank in range(2)]
-    tests = str(Path(__file__).parents[1])
+    tests = str(Path(__file__).parents[2])
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "conformance.pair", str(file)],
+            [sys.executable, "-m", "tests.conformance.pair", str(file)],
             env={**os.environ, **where, "LOCAL_RANK": str(rank), "PYTHONPATH": tests},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -50,9 +50,9 @@ def run_pair(folder: Path) -> list[Found]:
 
 
 def main(file: Path) -> None:
-    from conformance.cells import outcome
-    from conformance.conditions import CONDITIONS
-    from conformance.registry import CALLBACKS
+    from tests.conformance.cells import outcome
+    from tests.conformance.conditions import CONDITIONS
+    from tests.conformance.registry import CALLBACKS
 
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)

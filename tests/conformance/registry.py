@@ -8,13 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from conformance import expected, methods
-from conformance.expected import Values
-from conformance.methods import Method
 from torch import Tensor
 
 from lightning_feat import callbacks as ours
 from lightning_feat.callbacks import CollapseThreshold
+from tests.conformance import expected, methods
+from tests.conformance.expected import Values
+from tests.conformance.methods import Method
 
 Kind = Literal["monitor", "regularizer", "head", "data", "plotter"]
 
@@ -109,7 +109,7 @@ GRASSMANN = Entry(
     values=expected.head_angles,
     refuses=HEAD,
     lacks=LEAVES_HEAD,
-    failure=Failure("lightning_feat.optim.grassmann.geodesic_", "step"),
+    failure=Failure("lightning_feat.optim.grassmann.step.geodesic_", "step"),
 )
 SIMPLEX = Entry(
     "SimplexETFHead",
@@ -140,7 +140,7 @@ CALLBACKS = [
         beside=[SIMPLEX],
         refuses={**HEAD, **TERM},
         lacks=LEAVES_HEAD,
-        failure=Failure("lightning_feat.callbacks.simplex.dot_regression", "loss"),
+        failure=Failure("lightning_feat.callbacks.neural_collapse.simplex.dot_regression", "loss"),
     ),
     Entry(
         "FeatureRegularizer",
@@ -149,7 +149,7 @@ CALLBACKS = [
         written=[methods.Spread],
         values=expected.terms,
         refuses={**TERM, "soft labels": INTEGERS},
-        failure=Failure("lightning_feat.loss_terms.FeatureLossTerm.value", "loss"),
+        failure=Failure("lightning_feat.joints.loss.terms.FeatureLossTerm.value", "loss"),
     ),
     Entry(
         "NeuralCollapseRegularizer",
@@ -159,7 +159,7 @@ CALLBACKS = [
         values=expected.terms,
         refuses={**TERM, "soft labels": INTEGERS},
         own=lambda callback: [callback.means],
-        failure=Failure("lightning_feat.callbacks.collapse_regularizer.within_class_pull", "loss"),
+        failure=Failure("lightning_feat.callbacks.neural_collapse.regularizer.within_class_pull", "loss"),
     ),
     Entry(
         "NeuralCollapseMonitor (online)",
@@ -177,7 +177,9 @@ CALLBACKS = [
         written=[methods.Stop],
         makes="NeuralCollapseMonitor",
         values=expected.collapse_online,
-        failure=Failure("lightning_feat.callbacks.collapse_thresholds.ThresholdWatch.check", "epoch end", call=1),
+        failure=Failure(
+            "lightning_feat.callbacks.neural_collapse.thresholds.ThresholdWatch.check", "epoch end", call=1
+        ),
     ),
     Entry(
         "GrassmannMonitor",
@@ -186,7 +188,7 @@ CALLBACKS = [
         beside=[GRASSMANN],
         refuses={**HEAD, "soft labels": INTEGERS},
         lacks=LEAVES_HEAD,
-        failure=Failure("lightning_feat.metrics.class_separation.WithinClassVariability.update", "batch end"),
+        failure=Failure("lightning_feat.metrics.transfer.WithinClassVariability.update", "batch end"),
     ),
     Entry(
         "MixupGeometryMonitor",
@@ -199,7 +201,7 @@ CALLBACKS = [
             "batches as dict": FLOATING_FIRST,
             "batches as dataclass": FLOATING_FIRST,
         },
-        failure=Failure("lightning_feat.callbacks.mixup_geometry.mix_sums", "epoch end"),
+        failure=Failure("lightning_feat.callbacks.neural_collapse.mixup.mix_sums", "epoch end"),
     ),
     Entry(
         "RegressionCollapseMonitor",
@@ -208,7 +210,7 @@ CALLBACKS = [
         task="regression",
         refuses={"iterable data set": ONE_LOADER},
         lacks={"soft labels": "regression has none"},
-        failure=Failure("lightning_feat.callbacks.regression_collapse.nrc1", "epoch end", call=1),
+        failure=Failure("lightning_feat.callbacks.neural_collapse.regression.nrc1", "epoch end", call=1),
     ),
     Entry(
         "LinearProbe",
@@ -216,7 +218,7 @@ CALLBACKS = [
         {"penalties": [0.01, 0.1], "every_n_epochs": 1},
         values=expected.probe,
         refuses={**EXACT, "soft labels": INTEGERS},
-        failure=Failure("lightning_feat.callbacks.linear_probe.linear_probe", "epoch end", call=1),
+        failure=Failure("lightning_feat.callbacks.transfer.linear_probe.linear_probe", "epoch end", call=1),
     ),
     Entry(
         "DataPlan",
@@ -234,14 +236,14 @@ CALLBACKS = [
         written=[methods.Upsample],
         refuses={"iterable data set": "map-style data set", "soft labels": INTEGERS},
         lacks={"plain checkpoint to suite": "the plain run has passed the epoch at which examples are chosen"},
-        failure=Failure("lightning_feat.callbacks.slow_pass.slow_examples", "epoch end", call=1),
+        failure=Failure("lightning_feat.callbacks.simplicity_bias.slow_pass.slow_examples", "epoch end", call=1),
         resumes_exactly=True,
     ),
     Entry(
         "FeatureShiftMonitor",
         "monitor",
         refuses=NO_FSDP2,
-        failure=Failure("lightning_feat.callbacks.feature_shift.shift_sums", "batch end"),
+        failure=Failure("lightning_feat.callbacks.feature_shift.monitor.shift_sums", "batch end"),
     ),
     Entry(
         "FeatureShiftRegularizer",
@@ -250,7 +252,7 @@ CALLBACKS = [
         written=[methods.StartingPoint],
         values=expected.terms,
         refuses={**TERM, **NO_FSDP2},
-        failure=Failure("lightning_feat.callbacks.feature_shift_regularizer.l2_sp", "loss", call=3),
+        failure=Failure("lightning_feat.callbacks.feature_shift.regularizer.l2_sp", "loss", call=3),
     ),
     Entry(
         "FeatureShiftRegularizer (features)",
@@ -260,7 +262,7 @@ CALLBACKS = [
         written=[methods.StartingFeatures],
         values=expected.terms,
         refuses={**TERM, **NO_FSDP2},
-        failure=Failure("lightning_feat.callbacks.feature_shift_regularizer._penalty", "loss"),
+        failure=Failure("lightning_feat.callbacks.feature_shift.regularizer._penalty", "loss"),
     ),
     Entry(
         "PromptLearner",
@@ -271,7 +273,7 @@ CALLBACKS = [
         task="clip",
         refuses={**TERM, "FSDP2": "use DDP", "FSDP2, classifier named": "use DDP"},
         own=lambda callback: [*callback.learned.parameters(), *callback.learned.buffers()],
-        failure=Failure("lightning_feat.layers.prompts.gram_consistency_loss", "loss"),
+        failure=Failure("lightning_feat.layers.feature_shift.prompts.gram_consistency_loss", "loss"),
     ),
     Entry("CurvePlotter", "plotter", {"filename": "curves.svg"}),
     Entry("SummaryTable", "plotter"),

@@ -7,10 +7,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from conformance import datasets, modules
-from conformance.modules import Habits
-from conformance.registry import Entry
 from torch import Tensor, nn
+
+from tests.conformance import datasets, modules
+from tests.conformance.modules import Habits
+from tests.conformance.registry import Entry
 
 
 @dataclass

@@ -8,9 +8,10 @@ from pathlib import Path
 import lightning
 import torch
 import torchmetrics
-from conformance.cells import Outcome
-from conformance.conditions import CONDITIONS, Condition
-from conformance.registry import CALLBACKS, Entry
+
+from tests.conformance.cells import Outcome
+from tests.conformance.conditions import CONDITIONS, Condition
+from tests.conformance.registry import CALLBACKS, Entry
 
 FILE = Path(__file__).parents[2] / "docs" / "compatibility.md"
 WRITING = os.environ.get("WRITE_COMPATIBILITY") == "1"

@@ -4,13 +4,13 @@ The short half belongs to the default run; the rest is slow. ``docs/compatibilit
 """
 
 import pytest
-from conformance import table
-from conformance.cells import Outcome, outcome
-from conformance.conditions import CONDITIONS
-from conformance.registry import CALLBACKS
 from lightning.pytorch import Callback
 
 from lightning_feat import callbacks
+from tests.conformance import table
+from tests.conformance.cells import Outcome, outcome
+from tests.conformance.conditions import CONDITIONS
+from tests.conformance.registry import CALLBACKS
 
 BASES = {"MetricHistory", "Regularizer"}  # made to be derived from
 

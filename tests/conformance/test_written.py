@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from conformance.conditions import CONDITIONS
-from conformance.registry import CALLBACKS
+
+from tests.conformance.conditions import CONDITIONS
+from tests.conformance.registry import CALLBACKS
 
 ROUNDING = 1e-6  # of clipping: Lightning's norm is of all parameters of the optimizer at once, in the same order
 

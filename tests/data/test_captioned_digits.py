@@ -4,7 +4,6 @@ from hashlib import sha256
 
 import pytest
 import torch
-from helpers import trainer
 
 from lightning_feat.baselines import MLPClassifier
 from lightning_feat.data.captioned_digits import PIXEL_MEAN, PIXEL_STD, CaptionedDigitsDataModule
@@ -20,6 +19,7 @@ from lightning_feat.data.scenes import (
     split_compositions,
     split_handwriting,
 )
+from tests.helpers import trainer
 
 pytest.importorskip("sklearn")
 

@@ -7,12 +7,12 @@ import struct
 import numpy as np
 import pytest
 import torch
-from helpers import trainer
 from torch.utils.data import Subset
 
 from lightning_feat.baselines import MLPClassifier
 from lightning_feat.data.cifar import CifarDataModule, CifarPart, shift
 from lightning_feat.data.cifar_files import read_cifar, write_example_cifar
+from tests.helpers import trainer
 
 TRAIN = tuple(f"data_batch_{i}" for i in range(1, 6))
 

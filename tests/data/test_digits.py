@@ -3,12 +3,12 @@ from hashlib import sha256
 
 import pytest
 import torch
-from helpers import trainer
 from torch.nn.functional import interpolate
 
 from lightning_feat.baselines import MLPClassifier
 from lightning_feat.data import DigitsDataModule
 from lightning_feat.data.digits import PIXEL_MEAN, PIXEL_STD, load_digits
+from tests.helpers import trainer
 
 pytest.importorskip("sklearn")
 

@@ -1,9 +1,9 @@
 import pytest
 import torch
-from helpers import Plain, points, trainer
 from torch.utils.data import DataLoader
 
 from lightning_feat.data import PlanSampler
+from tests.helpers import Plain, points, trainer
 
 COUNTS = [1, 0, 3, 2, 1, 1]
 

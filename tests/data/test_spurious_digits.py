@@ -3,7 +3,6 @@ from hashlib import sha256
 
 import pytest
 import torch
-from helpers import trainer
 
 from lightning_feat.baselines import MLPClassifier
 from lightning_feat.data import DigitsDataModule
@@ -16,6 +15,7 @@ from lightning_feat.data.spurious_digits import (
     patch_likelihood,
     shifted,
 )
+from tests.helpers import trainer
 
 pytest.importorskip("sklearn")
 

@@ -1,6 +1,5 @@
 import pytest
 import torch
-from helpers import trainer
 
 from lightning_feat.baselines.cubic_cnn import CubicCNN
 from lightning_feat.data.two_feature_patches import (
@@ -9,6 +8,7 @@ from lightning_feat.data.two_feature_patches import (
     TwoFeaturePatchesDataModule,
     two_feature_patches,
 )
+from tests.helpers import trainer
 
 
 def ready(**arguments):

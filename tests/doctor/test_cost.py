@@ -2,12 +2,12 @@ import time
 
 import lightning.pytorch as pl
 import pytest
-from helpers import Plain, loader, trainer
 
 from lightning_feat.callbacks import GrassmannHead, GrassmannMonitor, NeuralCollapseMonitor
 from lightning_feat.doctor import doctor
 from lightning_feat.doctor.cost import Stopwatch, _percent, _timed
 from lightning_feat.doctor.trial import Run
+from tests.helpers import Plain, loader, trainer
 
 
 class Slow(NeuralCollapseMonitor):

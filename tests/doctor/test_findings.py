@@ -3,8 +3,6 @@
 import lightning.pytorch as pl
 import pytest
 import torch
-from ddp_cases import FSDP2_ON_CPU
-from helpers import NUM_CLASSES, WIDTH, EMAWeightAveraging, Plain, loader, points, trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import nn
 from torch.nn.functional import cross_entropy, one_hot
@@ -21,7 +19,9 @@ from lightning_feat.callbacks import (
     SimplicityBiasUpsampler,
 )
 from lightning_feat.doctor import doctor
-from lightning_feat.loss_terms import WeightSchedule
+from lightning_feat.joints.loss.terms import WeightSchedule
+from tests.helpers import NUM_CLASSES, WIDTH, EMAWeightAveraging, Plain, loader, points, trainer
+from tests.joints.ddp_cases import FSDP2_ON_CPU
 
 
 @pytest.fixture

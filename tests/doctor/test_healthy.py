@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from helpers import DictBatches, Example, Plain, loader, points, trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
@@ -26,10 +25,11 @@ from lightning_feat.callbacks import (
     SimplicityBiasUpsampler,
     SummaryTable,
 )
-from lightning_feat.callbacks.feature_shift import FeatureShiftMonitor
-from lightning_feat.callbacks.feature_shift_regularizer import FeatureShiftRegularizer
+from lightning_feat.callbacks.feature_shift.monitor import FeatureShiftMonitor
+from lightning_feat.callbacks.feature_shift.regularizer import FeatureShiftRegularizer
 from lightning_feat.doctor import doctor
-from lightning_feat.loss_terms import WeightSchedule
+from lightning_feat.joints.loss.terms import WeightSchedule
+from tests.helpers import DictBatches, Example, Plain, loader, points, trainer
 
 
 def mean_square(features):

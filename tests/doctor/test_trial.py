@@ -8,7 +8,6 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from helpers import Plain, equal, loader, points, trainer, weights
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
@@ -21,6 +20,7 @@ from lightning_feat.callbacks import (
     SimplicityBiasUpsampler,
 )
 from lightning_feat.doctor import doctor
+from tests.helpers import Plain, equal, loader, points, trainer, weights
 
 
 def suite(figures=False):

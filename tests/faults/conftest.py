@@ -1,5 +1,6 @@
 import pytest
-from faults.stage import Stage
+
+from tests.faults.stage import Stage
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,6 @@ from unittest import mock
 import fsspec.implementations.local as local_files
 import lightning.pytorch as pl
 import torch
-from helpers import WIDTH, Net, points
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.strategies import DDPStrategy
@@ -32,6 +31,7 @@ from lightning_feat.callbacks import (
     NeuralCollapseRegularizer,
     SimplicityBiasUpsampler,
 )
+from tests.helpers import WIDTH, Net, points
 
 SIZE, BATCH, EPOCHS = 46, 8, 3
 BATCHES = 6  # of an epoch

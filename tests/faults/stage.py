@@ -23,7 +23,7 @@ class Stage:
     """Asks the script for runs. A run is a function of ``runs`` by its name, and its arguments."""
 
     def __init__(self) -> None:
-        paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+        paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
         command = [sys.executable, __file__]
         self.process = subprocess.Popen(
@@ -53,7 +53,7 @@ class Stage:
 
 
 def _child(run: dict[str, Any]) -> None:
-    from faults import runs
+    from tests.faults import runs
 
     status = 1
     try:
@@ -90,7 +90,8 @@ def main() -> None:
 
     torch.set_num_threads(1)
     import matplotlib.figure  # noqa: F401
-    from faults import runs  # noqa: F401
+
+    from tests.faults import runs  # noqa: F401
 
     for line in sys.stdin:
         children = []

@@ -6,7 +6,6 @@ import re
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import NUM_CLASSES, WIDTH, Net, points, trainer
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
@@ -25,8 +24,9 @@ from lightning_feat.callbacks import (
     SimplexETFHead,
     SimplicityBiasUpsampler,
 )
-from lightning_feat.callbacks.feature_shift import FeatureShiftMonitor
-from lightning_feat.callbacks.feature_shift_regularizer import FeatureShiftRegularizer
+from lightning_feat.callbacks.feature_shift.monitor import FeatureShiftMonitor
+from lightning_feat.callbacks.feature_shift.regularizer import FeatureShiftRegularizer
+from tests.helpers import NUM_CLASSES, WIDTH, Net, points, trainer
 
 SIZE, BATCH = 32, 8
 WHOLE, FINITE, RUNS = "values of whole batches", "finite values", "no error"  # nan where nothing is defined

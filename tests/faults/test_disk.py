@@ -9,7 +9,6 @@ import warnings
 
 import pytest
 import torch
-from helpers import Plain, equal, loader, trainer, weights
 from lightning.pytorch.loggers.logger import Logger
 
 from lightning_feat.callbacks import (
@@ -20,9 +19,10 @@ from lightning_feat.callbacks import (
     SimplicityBiasUpsampler,
     SummaryTable,
 )
-from lightning_feat.callbacks.collapse_table import CollapseTable
-from lightning_feat.callbacks.feature_shift import FeatureShiftMonitor
+from lightning_feat.callbacks.feature_shift.monitor import FeatureShiftMonitor
+from lightning_feat.callbacks.neural_collapse.table import CollapseTable
 from lightning_feat.data import Selection
+from tests.helpers import Plain, equal, loader, trainer, weights
 
 WRITERS = {
     "collapse table": (lambda: [NeuralCollapseMonitor(table=True)], "could not write its table"),

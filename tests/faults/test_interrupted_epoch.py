@@ -6,8 +6,6 @@ Each process has sums of its own, and one process writes the checkpoint: it coul
 import lightning.pytorch as pl
 import pytest
 import torch
-from faults.runs import At
-from helpers import NUM_CLASSES, WIDTH, Plain, loader, trainer
 
 from lightning_feat.callbacks import (
     DataPlan,
@@ -19,8 +17,10 @@ from lightning_feat.callbacks import (
     SimplicityBiasUpsampler,
 )
 from lightning_feat.functional.neural_collapse import class_distance_normalized_variance, class_sums
-from lightning_feat.metrics.class_separation import ClassSeparation
-from lightning_feat.taps import FeatureTap
+from lightning_feat.joints.features.taps import FeatureTap
+from lightning_feat.metrics.transfer import ClassSeparation
+from tests.faults.runs import At
+from tests.helpers import NUM_CLASSES, WIDTH, Plain, loader, trainer
 
 BATCHES, CUT = 4, 2  # the checkpoint of the second epoch is written after its second batch of four
 

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from faults.runs import series
-from faults.stage import KILLED
-from helpers import equal
+
+from tests.faults.runs import series
+from tests.faults.stage import KILLED
+from tests.helpers import equal
 
 slow = pytest.mark.slow
 

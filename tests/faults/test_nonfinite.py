@@ -5,7 +5,6 @@ import warnings
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import NUM_CLASSES, WIDTH, Net, loader, points, trainer
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
@@ -22,8 +21,9 @@ from lightning_feat.callbacks import (
     RegressionCollapseMonitor,
     SimplexETFHead,
 )
-from lightning_feat.callbacks.feature_shift import FeatureShiftMonitor
-from lightning_feat.callbacks.feature_shift_regularizer import FeatureShiftRegularizer
+from lightning_feat.callbacks.feature_shift.monitor import FeatureShiftMonitor
+from lightning_feat.callbacks.feature_shift.regularizer import FeatureShiftRegularizer
+from tests.helpers import NUM_CLASSES, WIDTH, Net, loader, points, trainer
 
 slow = pytest.mark.slow
 

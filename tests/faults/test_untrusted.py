@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from faults.runs import At
-from helpers import Plain, loader, trainer
 
 from lightning_feat.callbacks import (
     CollapseThreshold,
@@ -22,10 +20,12 @@ from lightning_feat.callbacks import (
     SimplicityBiasUpsampler,
     SummaryTable,
 )
-from lightning_feat.callbacks.collapse_report import CollapseReport
-from lightning_feat.callbacks.feature_shift import FeatureShiftMonitor
-from lightning_feat.callbacks.feature_shift_regularizer import FeatureShiftRegularizer
+from lightning_feat.callbacks.feature_shift.monitor import FeatureShiftMonitor
+from lightning_feat.callbacks.feature_shift.regularizer import FeatureShiftRegularizer
+from lightning_feat.callbacks.neural_collapse.report import CollapseReport
 from lightning_feat.data import Selection
+from tests.faults.runs import At
+from tests.helpers import Plain, loader, trainer
 
 SHIFT = {"layers": ["net.body"]}
 

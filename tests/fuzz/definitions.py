@@ -6,7 +6,7 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_feat.functional.class_sums import ClassSums
+from lightning_feat.functional.common.class_sums import ClassSums
 
 NAN = torch.tensor(math.nan, dtype=torch.float64)
 

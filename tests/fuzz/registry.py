@@ -9,16 +9,16 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from fuzz import definitions as slow
-from fuzz.worlds import FINITE, World
 from torch import Tensor
 
-from lightning_feat.functional.class_separation import direction_sums, pair_angle_sums
-from lightning_feat.functional.class_sums import empty_class_sums
-from lightning_feat.functional.collapse_duality import neco_subspace
+from lightning_feat.functional.common.class_sums import empty_class_sums
 from lightning_feat.functional.feature_shift import shift_sums
-from lightning_feat.functional.grassmann_geodesic import full_precision
-from lightning_feat.functional.mixup_geometry import MixSums, mix_sums
+from lightning_feat.functional.grassmann.geodesic import full_precision
+from lightning_feat.functional.neural_collapse.duality import neco_subspace
+from lightning_feat.functional.neural_collapse.mixup import MixSums, mix_sums
+from lightning_feat.functional.transfer.class_separation import direction_sums, pair_angle_sums
+from tests.fuzz import definitions as slow
+from tests.fuzz.worlds import FINITE, World
 
 
 @dataclass(frozen=True)
@@ -160,80 +160,80 @@ def _curve(w: World) -> tuple[Any, ...]:
 
 
 CASES: dict[str, Case] = {
-    "class_separation.add_direction_sums_": Case(
+    "transfer.add_direction_sums_": Case(
         lambda w: (empty_class_sums(w.num_classes, w.num_features), *_features(w)[:2]), mutates=(0,), degree=0
     ),
-    "class_separation.direction_sums": Case(_features, degree=0, samples="nothing", adds=True, gradient=True),
-    "class_separation.class_separation_r2": Case(
+    "transfer.direction_sums": Case(_features, degree=0, samples="nothing", adds=True, gradient=True),
+    "transfer.class_separation_r2": Case(
         lambda w: (direction_sums(*_features(w)),), degree=0, samples="nothing", gradient=True
     ),
-    "class_separation.pair_angle_sums": Case(
+    "transfer.pair_angle_sums": Case(
         _features, degree=0, samples="nothing", gradient=True, definition=slow.pair_angle_sums, tolerance=1e-7
     ),
-    "class_separation.within_class_variability": Case(
+    "transfer.within_class_variability": Case(
         lambda w: (pair_angle_sums(*_features(w)),), degree=0, samples="nothing", gradient=True, tolerance=1e-7
     ),
-    "class_separation.sample_of_each_class": Case(lambda w: (w.targets(), 2)),
-    "class_sums.accumulation_device": Case(lambda w: (cpu,)),
-    "class_sums.to_float64": Case(lambda w: (w.features(),), degree=1, samples="along", gradient=True),
-    "class_sums.check_batch": Case(lambda w: (*_features(w), w.weights())),
-    "class_sums.check_target_range": Case(lambda w: (w.targets(), w.num_classes)),
-    "class_sums.empty_class_sums": Case(lambda w: (w.num_classes, w.num_features)),
-    "class_sums.add_class_sums_": Case(
+    "transfer.sample_of_each_class": Case(lambda w: (w.targets(), 2)),
+    "common.accumulation_device": Case(lambda w: (cpu,)),
+    "common.to_float64": Case(lambda w: (w.features(),), degree=1, samples="along", gradient=True),
+    "common.check_batch": Case(lambda w: (*_features(w), w.weights())),
+    "common.check_target_range": Case(lambda w: (w.targets(), w.num_classes)),
+    "common.empty_class_sums": Case(lambda w: (w.num_classes, w.num_features)),
+    "common.add_class_sums_": Case(
         lambda w: (empty_class_sums(w.num_classes, w.num_features), *_features(w)[:2], w.weights()),
         mutates=(0,),
         degree=(0, 1, 2),
     ),
-    "class_sums.class_sums": Case(
+    "common.class_sums": Case(
         _features, degree=(0, 1, 2), samples="nothing", adds=True, gradient=True, definition=slow.class_sums
     ),
-    "class_sums.second_moment": Case(
+    "common.second_moment": Case(
         lambda w: (w.features(), w.weights()), degree=2, samples="nothing", adds=True, gradient=True
     ),
-    "class_sums.class_means": Case(_totals, degree=1, samples="nothing", gradient=True, definition=slow.class_means),
-    "class_sums.class_variances": Case(_totals, degree=2, samples="nothing", gradient=True),
-    "class_sums.feature_mean": Case(_totals, degree=1, samples="nothing", gradient=True),
-    "class_sums.centered_class_means": Case(_totals, degree=1, samples="nothing", gradient=True),
-    "class_sums.between_class_directions": Case(_totals, degree=(1, 0)),
-    "class_sums.class_centers": Case(_totals, degree=(1, 1, 0, -1)),
-    "class_sums.center_sums": Case(
+    "common.class_means": Case(_totals, degree=1, samples="nothing", gradient=True, definition=slow.class_means),
+    "common.class_variances": Case(_totals, degree=2, samples="nothing", gradient=True),
+    "common.feature_mean": Case(_totals, degree=1, samples="nothing", gradient=True),
+    "common.centered_class_means": Case(_totals, degree=1, samples="nothing", gradient=True),
+    "common.between_class_directions": Case(_totals, degree=(1, 0)),
+    "common.class_centers": Case(_totals, degree=(1, 1, 0, -1)),
+    "common.center_sums": Case(
         lambda w: (*_features(w)[:2], w.logits(), w.centers()), degree=0, samples="nothing", adds=False
     ),
-    "class_sums.repeated_by_sampler": Case(lambda w: (2 * w.num_samples, 4, 1, 2, 3 * w.num_samples + 1)),
-    "collapse_duality.nc0": Case(_vectors, degree=2, gradient=True),
-    "collapse_duality.nc0_relative": Case(_vectors, degree=0, gradient=True),
-    "collapse_duality.nc3": Case(_weight_and_means, degree=0, gradient=True, definition=slow.nc3),
-    "collapse_duality.nc3_squared": Case(_weight_and_means, degree=0, gradient=True),
-    "collapse_duality.nc3_centered_weight": Case(_weight_and_means, degree=0, gradient=True),
-    "collapse_duality.nc3_cosine": Case(_weight_and_means, degree=0, gradient=True, definition=slow.nc3_cosine),
-    "collapse_duality.nc3_duality_error": Case(_weight_and_means, degree=0, gradient=True),
-    "collapse_duality.nc3_uniform_duality_var": Case(_weight_and_means, degree=4, gradient=True),
-    "collapse_duality.bias_duality": Case(
+    "common.repeated_by_sampler": Case(lambda w: (2 * w.num_samples, 4, 1, 2, 3 * w.num_samples + 1)),
+    "neural_collapse.nc0": Case(_vectors, degree=2, gradient=True),
+    "neural_collapse.nc0_relative": Case(_vectors, degree=0, gradient=True),
+    "neural_collapse.nc3": Case(_weight_and_means, degree=0, gradient=True, definition=slow.nc3),
+    "neural_collapse.nc3_squared": Case(_weight_and_means, degree=0, gradient=True),
+    "neural_collapse.nc3_centered_weight": Case(_weight_and_means, degree=0, gradient=True),
+    "neural_collapse.nc3_cosine": Case(_weight_and_means, degree=0, gradient=True, definition=slow.nc3_cosine),
+    "neural_collapse.nc3_duality_error": Case(_weight_and_means, degree=0, gradient=True),
+    "neural_collapse.nc3_uniform_duality_var": Case(_weight_and_means, degree=4, gradient=True),
+    "neural_collapse.bias_duality": Case(
         lambda w: (w.vectors("weight"), w.per_class(), w.finish(w.raw("mean", w.num_features))), gradient=True
     ),
-    "collapse_duality.nc4_mismatch": Case(lambda w: (w.residuals(),), degree=0, samples="nothing"),
-    "collapse_duality.ncc_accuracy": Case(lambda w: (w.residuals(),), degree=0, samples="nothing"),
-    "collapse_duality.nc5_orthogonality": Case(
+    "neural_collapse.nc4_mismatch": Case(lambda w: (w.residuals(),), degree=0, samples="nothing"),
+    "neural_collapse.ncc_accuracy": Case(lambda w: (w.residuals(),), degree=0, samples="nothing"),
+    "neural_collapse.nc5_orthogonality": Case(
         lambda w: (w.totals(), w.finish(w.scale * w.raw("mean", w.num_features))), degree=0, gradient=True
     ),
-    "collapse_duality.neco_subspace": Case(_neco, degree=(1, 1, 0)),
-    "collapse_duality.neco_scores": Case(
+    "neural_collapse.neco_subspace": Case(_neco, degree=(1, 1, 0)),
+    "neural_collapse.neco_scores": Case(
         lambda w: (w.features("foreign"), neco_subspace(*_neco(w)), w.logits()), degree=0, samples="along"
     ),
-    "collapse_geometry.orthogonal_frame_error": Case(_vectors, degree=0, gradient=True),
-    "collapse_geometry.general_frame_error": Case(lambda w: (w.vectors(), w.lengths()), degree=0, gradient=True),
-    "collapse_geometry.mse_orthogonal_frame": Case(lambda w: (w.counts(), *_decays(w))),
-    "collapse_geometry.mse_collapse_count": Case(lambda w: (w.num_samples, *_decays(w))),
-    "collapse_geometry.ce_nonnegative_frame": Case(lambda w: (w.counts(), *_decays(w))),
-    "collapse_geometry.ce_nonnegative_collapse_count": Case(lambda w: (w.num_samples, w.num_classes, *_decays(w))),
-    "collapse_geometry.ce_frame": Case(lambda w: (w.counts(), 1e-2, 1e-2)),
-    "collapse_geometry.ce_merge_count": Case(lambda w: (w.num_samples, *_decays(w))),
-    "collapse_geometry.seli_grams": Case(lambda w: (w.counts(),)),
-    "collapse_geometry.minority_cosine": Case(
+    "neural_collapse.orthogonal_frame_error": Case(_vectors, degree=0, gradient=True),
+    "neural_collapse.general_frame_error": Case(lambda w: (w.vectors(), w.lengths()), degree=0, gradient=True),
+    "neural_collapse.mse_orthogonal_frame": Case(lambda w: (w.counts(), *_decays(w))),
+    "neural_collapse.mse_collapse_count": Case(lambda w: (w.num_samples, *_decays(w))),
+    "neural_collapse.ce_nonnegative_frame": Case(lambda w: (w.counts(), *_decays(w))),
+    "neural_collapse.ce_nonnegative_collapse_count": Case(lambda w: (w.num_samples, w.num_classes, *_decays(w))),
+    "neural_collapse.ce_frame": Case(lambda w: (w.counts(), 1e-2, 1e-2)),
+    "neural_collapse.ce_merge_count": Case(lambda w: (w.num_samples, *_decays(w))),
+    "neural_collapse.seli_grams": Case(lambda w: (w.counts(),)),
+    "neural_collapse.minority_cosine": Case(
         lambda w: (w.vectors(), torch.arange(w.num_classes) < 2), degree=0, gradient=True
     ),
-    "collapse_geometry.free_features": Case(lambda w: (replace(w, scale=1).vectors(), w.soft_targets(), 1e-2, 20)),
-    "collapse_losses.dot_regression": F32(
+    "neural_collapse.free_features": Case(lambda w: (replace(w, scale=1).vectors(), w.soft_targets(), 1e-2, 20)),
+    "neural_collapse.dot_regression": F32(
         lambda w: (w.features(), w.targets(), replace(w, scale=1).vectors()),
         degree=0,
         scales=(-20, 100),
@@ -241,61 +241,61 @@ CASES: dict[str, Case] = {
         gradient=True,
         definition=slow.dot_regression,
     ),
-    "collapse_losses.balanced_lengths": F32(lambda w: (w.counts(),), definition=slow.balanced_lengths),
-    "collapse_losses.within_class_pull": F32(
+    "neural_collapse.balanced_lengths": F32(lambda w: (w.counts(),), definition=slow.balanced_lengths),
+    "neural_collapse.within_class_pull": F32(
         lambda w: (w.features(), w.targets(), w.vectors("means")),
         degree=2,
         samples="nothing",
         gradient=True,
         definition=slow.within_class_pull,
     ),
-    "collapse_losses.between_class_push": F32(_vectors, degree=0, scales=(-20, 100), gradient=True, tolerance=1e-6),
-    "collapse_losses.cut_gradient": Case(lambda w: (w.features(),), degree=1, samples="along"),
-    "collapse_losses.scale_gradient": F32(lambda w: (w.features(), 0.5), degree=1, samples="along"),
-    "collapse_means.cosine_matrix": Case(_vectors, degree=0, gradient=True, definition=slow.cosine_matrix),
-    "collapse_means.gram_error": Case(_weight_and_means, degree=0, gradient=True, definition=slow.nc3),
-    "collapse_means.simplex_gram": Case(lambda w: (w.num_classes,)),
-    "collapse_means.nc2_etf_error": Case(_vectors, degree=0, gradient=True, definition=slow.nc2_etf_error),
-    "collapse_means.nc2_equinorm": Case(_vectors, degree=0, gradient=True, definition=slow.nc2_equinorm),
-    "collapse_means.nc2_equiangularity": Case(_vectors, degree=0, gradient=True),
-    "collapse_means.nc2_cosine_std": Case(_vectors, degree=0, gradient=True),
-    "collapse_means.nc2_distance_mean": Case(_vectors, degree=0, gradient=True, definition=slow.nc2_distance_mean),
-    "collapse_means.nc2_distance_var": Case(_vectors, degree=0, gradient=True),
-    "collapse_means.nc2_log_distance_mean": Case(_vectors, degree=0, gradient=True),
-    "collapse_means.nc2_subspace_chordal_cv": Case(lambda w: (w.basis(),), tolerance=1e-6, gradient=True),
-    "collapse_means.nc2_subspace_spread": Case(lambda w: (w.basis(),), gradient=True, tolerance=1e-6),
-    "collapse_means.nc3_subspace_angle": Case(lambda w: (w.basis(), w.vectors("means")), gradient=True, tolerance=1e-6),
-    "collapse_picture.collapse_picture": Case(_totals, keywords=lambda w: {"within": w.covariance()}),
-    "collapse_variability.within_class_covariance": Case(_with_moment, degree=2, samples="nothing", gradient=True),
-    "collapse_variability.within_class_scatter": Case(
+    "neural_collapse.between_class_push": F32(_vectors, degree=0, scales=(-20, 100), gradient=True, tolerance=1e-6),
+    "neural_collapse.cut_gradient": Case(lambda w: (w.features(),), degree=1, samples="along"),
+    "neural_collapse.scale_gradient": F32(lambda w: (w.features(), 0.5), degree=1, samples="along"),
+    "neural_collapse.cosine_matrix": Case(_vectors, degree=0, gradient=True, definition=slow.cosine_matrix),
+    "neural_collapse.gram_error": Case(_weight_and_means, degree=0, gradient=True, definition=slow.nc3),
+    "neural_collapse.simplex_gram": Case(lambda w: (w.num_classes,)),
+    "neural_collapse.nc2_etf_error": Case(_vectors, degree=0, gradient=True, definition=slow.nc2_etf_error),
+    "neural_collapse.nc2_equinorm": Case(_vectors, degree=0, gradient=True, definition=slow.nc2_equinorm),
+    "neural_collapse.nc2_equiangularity": Case(_vectors, degree=0, gradient=True),
+    "neural_collapse.nc2_cosine_std": Case(_vectors, degree=0, gradient=True),
+    "neural_collapse.nc2_distance_mean": Case(_vectors, degree=0, gradient=True, definition=slow.nc2_distance_mean),
+    "neural_collapse.nc2_distance_var": Case(_vectors, degree=0, gradient=True),
+    "neural_collapse.nc2_log_distance_mean": Case(_vectors, degree=0, gradient=True),
+    "neural_collapse.nc2_subspace_chordal_cv": Case(lambda w: (w.basis(),), tolerance=1e-6, gradient=True),
+    "neural_collapse.nc2_subspace_spread": Case(lambda w: (w.basis(),), gradient=True, tolerance=1e-6),
+    "neural_collapse.nc3_subspace_angle": Case(
+        lambda w: (w.basis(), w.vectors("means")), gradient=True, tolerance=1e-6
+    ),
+    "neural_collapse.collapse_picture": Case(_totals, keywords=lambda w: {"within": w.covariance()}),
+    "neural_collapse.within_class_covariance": Case(_with_moment, degree=2, samples="nothing", gradient=True),
+    "neural_collapse.within_class_scatter": Case(
         lambda w: (*_features(w)[:2], replace(w, grad=False, nudge=0.0, order=None, part=None, tape=[]).centers()),
         degree=2,
         samples="nothing",
         adds=True,
         gradient=True,
     ),
-    "collapse_variability.nc1_pinv": Case(_with_moment, degree=0, samples="nothing"),
-    "collapse_variability.nc1_pinv_over_k": Case(_with_moment, degree=0, samples="nothing"),
-    "collapse_variability.nc1_projected_over_k": Case(
+    "neural_collapse.nc1_pinv": Case(_with_moment, degree=0, samples="nothing"),
+    "neural_collapse.nc1_pinv_over_k": Case(_with_moment, degree=0, samples="nothing"),
+    "neural_collapse.nc1_projected_over_k": Case(lambda w: (w.totals(), w.residuals()), degree=0, samples="nothing"),
+    "neural_collapse.nc1_projected_over_k_balanced": Case(
         lambda w: (w.totals(), w.residuals()), degree=0, samples="nothing"
     ),
-    "collapse_variability.nc1_projected_over_k_balanced": Case(
-        lambda w: (w.totals(), w.residuals()), degree=0, samples="nothing"
-    ),
-    "collapse_variability.nc1_quotient": Case(
+    "neural_collapse.nc1_quotient": Case(
         _totals, degree=0, samples="nothing", definition=slow.nc1_quotient, kinds=("normal",), gradient=True
     ),
-    "collapse_variability.nc1_quotient_balanced": Case(_totals, degree=0, samples="nothing", gradient=True),
-    "collapse_variability.cdnv_matrix": Case(_totals, degree=0, samples="nothing", gradient=True),
-    "collapse_variability.class_distance_normalized_variance": Case(
+    "neural_collapse.nc1_quotient_balanced": Case(_totals, degree=0, samples="nothing", gradient=True),
+    "neural_collapse.cdnv_matrix": Case(_totals, degree=0, samples="nothing", gradient=True),
+    "neural_collapse.class_distance_normalized_variance": Case(
         _totals, degree=0, samples="nothing", definition=slow.cdnv, kinds=("normal",), gradient=True
     ),
-    "collapse_variability.cdnv_worst_pair": Case(_totals, degree=0, samples="nothing", gradient=True),
-    "collapse_variability.variability_collapse_index": Case(_with_moment, degree=0, samples="nothing"),
-    "collapse_variability.between_class_spectrum": Case(_totals, degree=2, samples="nothing"),
-    "collapse_variability.within_class_spectrum": Case(_with_moment, degree=2, samples="nothing"),
-    "collapse_variability.covariance_spectrum": Case(lambda w: (w.covariance(),), degree=2, samples="nothing"),
-    "collapse_variability.between_effective_rank": Case(_totals, degree=0, samples="nothing", gradient=True),
+    "neural_collapse.cdnv_worst_pair": Case(_totals, degree=0, samples="nothing", gradient=True),
+    "neural_collapse.variability_collapse_index": Case(_with_moment, degree=0, samples="nothing"),
+    "neural_collapse.between_class_spectrum": Case(_totals, degree=2, samples="nothing"),
+    "neural_collapse.within_class_spectrum": Case(_with_moment, degree=2, samples="nothing"),
+    "neural_collapse.covariance_spectrum": Case(lambda w: (w.covariance(),), degree=2, samples="nothing"),
+    "neural_collapse.between_effective_rank": Case(_totals, degree=0, samples="nothing", gradient=True),
     "feature_shift.relative_shift": F32(
         lambda w: (*_shifted(w), w.mask()),
         degree=0,
@@ -330,36 +330,36 @@ CASES: dict[str, Case] = {
     "grassmann.polar_projection": F32(lambda w: (w.matrices(),), degree=0),
     "grassmann.random_basis": Case(lambda w: (w.num_classes, 1, max(w.num_features, 1)), _generator),
     "grassmann.tangent_projection": F32(lambda w: (w.basis(), w.basis("vector")), gradient=True),
-    "grassmann_angles.pairwise_principal_angles": F32(lambda w: (w.basis(),), tolerance=1e-6),
-    "grassmann_geodesic.full_precision": Case(lambda w: (cpu,), function=_in_precision),
-    "grassmann_geodesic.geodesic_": F32(_tangent_step, mutates=(0,)),
-    "grassmann_geodesic.cos_and_sinc": F32(lambda w: (_symmetric(w),), gradient=True),
-    "hard_examples.highest_losses": Case(lambda w: (w.losses(), w.targets(), w.counts() // 16)),
-    "hard_examples.random_examples": Case(lambda w: (w.targets(), w.counts() // 16)),
-    "hard_examples.misclassified": Case(lambda w: (w.logits(), w.targets()), samples="along"),
-    "lengths.length": F32(lambda w: (w.features(),), degree=1, samples="along", gradient=True, definition=slow.length),
-    "lengths.tamed": F32(lambda w: (w.features(),)),
-    "linear_probe.linear_probe": Case(_probe, lambda w: {"penalties": [0.1, 1.0]}),
-    "linear_probe.fit_logistic_regression": Case(lambda w: (*_features(w), 0.1), tolerance=1e-4),
-    "linear_probe.hold_out": Case(lambda w: (w.targets(), 0.3)),
-    "mixup_geometry.free_logits": Case(
+    "grassmann.pairwise_principal_angles": F32(lambda w: (w.basis(),), tolerance=1e-6),
+    "grassmann.full_precision": Case(lambda w: (cpu,), function=_in_precision),
+    "grassmann.geodesic_": F32(_tangent_step, mutates=(0,)),
+    "grassmann.cos_and_sinc": F32(lambda w: (_symmetric(w),), gradient=True),
+    "simplicity_bias.highest_losses": Case(lambda w: (w.losses(), w.targets(), w.counts() // 16)),
+    "simplicity_bias.random_examples": Case(lambda w: (w.targets(), w.counts() // 16)),
+    "simplicity_bias.misclassified": Case(lambda w: (w.logits(), w.targets()), samples="along"),
+    "common.length": F32(lambda w: (w.features(),), degree=1, samples="along", gradient=True, definition=slow.length),
+    "common.tamed": F32(lambda w: (w.features(),)),
+    "transfer.linear_probe": Case(_probe, lambda w: {"penalties": [0.1, 1.0]}),
+    "transfer.fit_logistic_regression": Case(lambda w: (*_features(w), 0.1), tolerance=1e-4),
+    "transfer.hold_out": Case(lambda w: (w.targets(), 0.3)),
+    "neural_collapse.free_logits": Case(
         lambda w: (w.finish(w.soft_targets().detach(), torch.float64), 10.0), samples="along"
     ),
-    "mixup_geometry.free_strength": Case(lambda w: (w.num_classes, 1.5, 1e-3)),
-    "mixup_geometry.free_features": Case(
+    "neural_collapse.free_strength": Case(lambda w: (w.num_classes, 1.5, 1e-3)),
+    "neural_collapse.free_mixed_features": Case(
         lambda w: (
             torch.eye(max(w.num_classes, 2))[: w.num_samples].double(),
             replace(w, num_features=9, scale=1.0).simplex(),
             1e-2,
         )
     ),
-    "mixup_geometry.strength_of_margin": Case(lambda w: (w.scores(), w.num_classes)),
-    "mixup_geometry.free_slope": Case(
+    "neural_collapse.strength_of_margin": Case(lambda w: (w.scores(), w.num_classes)),
+    "neural_collapse.free_slope": Case(
         lambda w: (w.finish(w.raw("margin", 1)[0].abs() + 1), _shares(w), w.num_classes), tolerance=1e-8
     ),
-    "mixup_geometry.mix_sums": Case(_mixes, degree=(0, 0, 0, 0, 0), samples="nothing", adds=True),
-    "mixup_geometry.draw_pairs": Case(lambda w: (w.targets(), 3), _generator),
-    "mixup_geometry.plane_residual": Case(
+    "neural_collapse.mix_sums": Case(_mixes, degree=(0, 0, 0, 0, 0), samples="nothing", adds=True),
+    "neural_collapse.draw_pairs": Case(lambda w: (w.targets(), 3), _generator),
+    "neural_collapse.plane_residual": Case(
         lambda w: (w.features(), w.features("first"), w.features("second")),
         degree=0,
         samples="along",
@@ -368,7 +368,7 @@ CASES: dict[str, Case] = {
         kinds=("normal",),
         tolerance=1e-6,
     ),
-    "mixup_geometry.mix_measures": Case(
+    "neural_collapse.mix_measures": Case(
         lambda w: (_mix_totals(w), _shares(w), w.num_classes), samples="nothing", tolerance=1e-8
     ),
     "neural_collapse.collapse_measures": Case(
@@ -384,54 +384,60 @@ CASES: dict[str, Case] = {
         tolerance=1e-6,
     ),
     "neural_collapse.known_measures": Case(lambda w: ()),
-    "prompt_gram.gram_norm": F32(lambda w: (w.matrices(),), degree=2, gradient=True, step=1e-3),
-    "prompt_gram.gram_ratio": F32(lambda w: _grams(w)[:2]),
-    "prompt_gram.gram_discrepancy": F32(_grams),
-    "prompt_gram.gram_consistency_loss": F32(_grams),
-    "prompt_gram.exact_dtype": Case(lambda w: (cpu,)),
-    "regression_collapse.target_covariance": Case(
+    "feature_shift.gram_norm": F32(lambda w: (w.matrices(),), degree=2, gradient=True, step=1e-3),
+    "feature_shift.gram_ratio": F32(lambda w: _grams(w)[:2]),
+    "feature_shift.gram_discrepancy": F32(_grams),
+    "feature_shift.gram_consistency_loss": F32(_grams),
+    "feature_shift.exact_dtype": Case(lambda w: (cpu,)),
+    "neural_collapse.target_covariance": Case(
         lambda w: (w.outputs(),), degree=2, samples="nothing", gradient=True, definition=slow.target_covariance
     ),
-    "regression_collapse.nrc1": Case(lambda w: (w.features(), 1), degree=0, samples="nothing"),
-    "regression_collapse.nrc2": Case(lambda w: (w.features(), w.vectors()), degree=0, samples="nothing"),
-    "regression_collapse.nrc3": Case(lambda w: (w.vectors(), w.covariance(), 0.0), degree=0),
-    "regression_collapse.nrc3_best_gamma": Case(lambda w: (w.vectors(), w.covariance())),
-    "regression_collapse.nrc3_gamma_from_traces": Case(lambda w: (w.vectors(), w.covariance())),
-    "regression_collapse.regression_optimum": Case(lambda w: (w.outputs(), *_decays(w))),
-    "regression_collapse.explained_variance_ratio": Case(lambda w: (w.features(), 3), degree=0, samples="nothing"),
-    "regression_collapse.two_neighbor_dimension": Case(
+    "neural_collapse.nrc1": Case(lambda w: (w.features(), 1), degree=0, samples="nothing"),
+    "neural_collapse.nrc2": Case(lambda w: (w.features(), w.vectors()), degree=0, samples="nothing"),
+    "neural_collapse.nrc3": Case(lambda w: (w.vectors(), w.covariance(), 0.0), degree=0),
+    "neural_collapse.nrc3_best_gamma": Case(lambda w: (w.vectors(), w.covariance())),
+    "neural_collapse.nrc3_gamma_from_traces": Case(lambda w: (w.vectors(), w.covariance())),
+    "neural_collapse.regression_optimum": Case(lambda w: (w.outputs(), *_decays(w))),
+    "neural_collapse.explained_variance_ratio": Case(lambda w: (w.features(), 3), degree=0, samples="nothing"),
+    "neural_collapse.two_neighbor_dimension": Case(
         lambda w: (w.features(),), degree=0, samples="nothing", gradient=True, definition=slow.two_neighbor_dimension
     ),
-    "reliance.accuracy": Case(lambda w: (w.logits(), w.targets()), samples="nothing"),
-    "reliance.binary_auc": Case(
+    "simplicity_bias.accuracy": Case(lambda w: (w.logits(), w.targets()), samples="nothing"),
+    "simplicity_bias.binary_auc": Case(
         lambda w: (w.scores(), w.targets() % 2), degree=0, samples="nothing", definition=slow.binary_auc
     ),
-    "reliance.permuted_block": F32(lambda w: (w.features(), _block(w), torch.arange(w.num_samples).flip(0)), degree=1),
-    "reliance.block_randomized": Case(
+    "simplicity_bias.permuted_block": F32(
+        lambda w: (w.features(), _block(w), torch.arange(w.num_samples).flip(0)), degree=1
+    ),
+    "simplicity_bias.block_randomized": Case(
         lambda w: (lambda x: x, w.logits(), w.targets(), torch.arange(w.num_classes) < 1)
     ),
-    "reliance.feature_reliance": Case(lambda w: (w.targets("a"), w.targets("b"), w.num_classes), samples="nothing"),
-    "reliance.shortcut_bias": Case(lambda w: (w.targets("a"), w.targets("b"), w.targets("c"), w.num_classes)),
-    "reliance.slow_feature_accuracy": Case(lambda w: (w.targets("a"), w.targets(), w.mask()), samples="nothing"),
-    "reliance.selection_quality": Case(lambda w: (w.mask("a"), w.mask("b")), samples="nothing"),
-    "separating_epoch.separating_epoch": Case(_curve),
-    "separating_epoch.knee_reached": Case(_curve),
-    "shapes.check_shapes": Case(lambda w: (), lambda w: {"features": (w.features(), "ND")}),
-    "simplex.simplex_prototypes": Case(lambda w: (w.num_classes, w.num_features)),
-    "simplex.sparse_simplex_prototypes": Case(lambda w: (w.num_classes, w.num_features, 0.1)),
-    "simplex.prototype_cosines": F32(
+    "simplicity_bias.feature_reliance": Case(
+        lambda w: (w.targets("a"), w.targets("b"), w.num_classes), samples="nothing"
+    ),
+    "simplicity_bias.shortcut_bias": Case(lambda w: (w.targets("a"), w.targets("b"), w.targets("c"), w.num_classes)),
+    "simplicity_bias.slow_feature_accuracy": Case(lambda w: (w.targets("a"), w.targets(), w.mask()), samples="nothing"),
+    "simplicity_bias.selection_quality": Case(lambda w: (w.mask("a"), w.mask("b")), samples="nothing"),
+    "simplicity_bias.separating_epoch": Case(_curve),
+    "simplicity_bias.knee_reached": Case(_curve),
+    "common.check_shapes": Case(lambda w: (), lambda w: {"features": (w.features(), "ND")}),
+    "neural_collapse.simplex_prototypes": Case(lambda w: (w.num_classes, w.num_features)),
+    "neural_collapse.sparse_simplex_prototypes": Case(lambda w: (w.num_classes, w.num_features, 0.1)),
+    "neural_collapse.prototype_cosines": F32(
         lambda w: (w.features(), replace(w, scale=1).vectors()),
         degree=0,
         scales=(-20, 100),
         samples="along",
         gradient=True,
     ),
-    "simplex.directions": F32(lambda w: (w.features(),), degree=0, scales=(-20, 100), samples="along", gradient=True),
-    "simplicity.two_means": F32(_features, degree=(0, 2), tolerance=1e-6),
-    "simplicity.slow_examples": F32(
+    "neural_collapse.directions": F32(
+        lambda w: (w.features(),), degree=0, scales=(-20, 100), samples="along", gradient=True
+    ),
+    "simplicity_bias.two_means": F32(_features, degree=(0, 2), tolerance=1e-6),
+    "simplicity_bias.slow_examples": F32(
         lambda w: (w.features(), w.losses(), w.targets(), w.num_classes), degree=0, tolerance=1e-6
     ),
-    "simplicity.useful_indices": F32(lambda w: (w.features(), w.losses(), w.targets()), degree=0),
+    "simplicity_bias.useful_indices": F32(lambda w: (w.features(), w.losses(), w.targets()), degree=0),
     "transfer.few_shot_error": Case(lambda w: (*_features(w)[:2], 1, 3), _generator, degree=0),
     "transfer.few_shot_error_bound": Case(lambda w: (w.totals(), 5), degree=0, samples="nothing", gradient=True),
 }
@@ -439,17 +445,17 @@ CASES: dict[str, Case] = {
 # What may be done to an argument, by its place, so that it is still right: see ``spoiled`` in test_functional.py.
 _VECTORS, _CLASSES, _COUNTS, _ROWS = {"deep", "flat"}, {"beyond", "below"}, {"beyond", "broken"}, {"short"}
 STILL_FIT: dict[str, dict[int, set[str]]] = {
-    "class_separation.sample_of_each_class": {0: _CLASSES},
-    "class_sums.check_target_range": {0: {"deep", "scalar", "broken"}},
-    "class_sums.to_float64": {0: _VECTORS | {"scalar"}},
-    "collapse_geometry.ce_frame": {0: _COUNTS},
-    "collapse_geometry.ce_nonnegative_frame": {0: _COUNTS},
-    "collapse_geometry.free_features": {1: _ROWS},
-    "collapse_geometry.mse_orthogonal_frame": {0: _COUNTS},
-    "collapse_geometry.seli_grams": {0: _COUNTS},
-    "collapse_losses.balanced_lengths": {0: _COUNTS | {"below"}},
-    "collapse_losses.cut_gradient": {0: _VECTORS | {"scalar"}},
-    "collapse_losses.scale_gradient": {0: _VECTORS | {"scalar"}},
+    "transfer.sample_of_each_class": {0: _CLASSES},
+    "common.check_target_range": {0: {"deep", "scalar", "broken"}},
+    "common.to_float64": {0: _VECTORS | {"scalar"}},
+    "neural_collapse.ce_frame": {0: _COUNTS},
+    "neural_collapse.ce_nonnegative_frame": {0: _COUNTS},
+    "neural_collapse.free_features": {1: _ROWS},
+    "neural_collapse.mse_orthogonal_frame": {0: _COUNTS},
+    "neural_collapse.seli_grams": {0: _COUNTS},
+    "neural_collapse.balanced_lengths": {0: _COUNTS | {"below"}},
+    "neural_collapse.cut_gradient": {0: _VECTORS | {"scalar"}},
+    "neural_collapse.scale_gradient": {0: _VECTORS | {"scalar"}},
     "grassmann.chordal_distance": {0: _ROWS, 1: _ROWS},  # one of them is held against all
     "grassmann.geodesic_distance": {0: _ROWS, 1: _ROWS},
     "grassmann.orthonormality_error": {0: {"deep"}},
@@ -457,23 +463,23 @@ STILL_FIT: dict[str, dict[int, set[str]]] = {
     "grassmann.tangent_projection": {0: _ROWS, 1: _ROWS},
     "grassmann.subspace_logits": {0: _ROWS, 1: _ROWS},
     "grassmann.svdvals_or_nan": {0: {"deep"}},
-    "hard_examples.highest_losses": {2: {"beyond"}},
-    "hard_examples.random_examples": {0: _ROWS, 1: {"beyond"}},
-    "lengths.length": {0: _VECTORS},
-    "lengths.tamed": {0: _VECTORS},
-    "linear_probe.hold_out": {0: _CLASSES},
-    "linear_probe.linear_probe": {1: _CLASSES, 3: _CLASSES, 5: _CLASSES},
-    "mixup_geometry.draw_pairs": {0: _CLASSES},
-    "mixup_geometry.free_features": {0: _ROWS},
-    "mixup_geometry.free_slope": {1: _ROWS},
-    "mixup_geometry.strength_of_margin": {0: {"deep", "scalar"}},
-    "prompt_gram.gram_norm": {0: {"deep"}},
-    "regression_collapse.nrc2": {0: _ROWS, 1: _ROWS},
-    "reliance.block_randomized": {3: {"scalar", "short"}},
-    "reliance.permuted_block": {1: {"scalar", "short"}},
-    "reliance.slow_feature_accuracy": {0: _CLASSES, 1: _CLASSES},
-    "simplex.directions": {0: _VECTORS},
-    "simplex.prototype_cosines": {0: _ROWS, 1: _ROWS},
-    "simplicity.useful_indices": {2: {"beyond"}},
+    "simplicity_bias.highest_losses": {2: {"beyond"}},
+    "simplicity_bias.random_examples": {0: _ROWS, 1: {"beyond"}},
+    "common.length": {0: _VECTORS},
+    "common.tamed": {0: _VECTORS},
+    "transfer.hold_out": {0: _CLASSES},
+    "transfer.linear_probe": {1: _CLASSES, 3: _CLASSES, 5: _CLASSES},
+    "neural_collapse.draw_pairs": {0: _CLASSES},
+    "neural_collapse.free_mixed_features": {0: _ROWS},
+    "neural_collapse.free_slope": {1: _ROWS},
+    "neural_collapse.strength_of_margin": {0: {"deep", "scalar"}},
+    "feature_shift.gram_norm": {0: {"deep"}},
+    "neural_collapse.nrc2": {0: _ROWS, 1: _ROWS},
+    "simplicity_bias.block_randomized": {3: {"scalar", "short"}},
+    "simplicity_bias.permuted_block": {1: {"scalar", "short"}},
+    "simplicity_bias.slow_feature_accuracy": {0: _CLASSES, 1: _CLASSES},
+    "neural_collapse.directions": {0: _VECTORS},
+    "neural_collapse.prototype_cosines": {0: _ROWS, 1: _ROWS},
+    "simplicity_bias.useful_indices": {2: {"beyond"}},
     "transfer.few_shot_error": {1: _CLASSES},
 }

@@ -3,16 +3,7 @@
 import pytest
 import torch
 
-from lightning_feat.functional.class_sums import between_class_directions, class_sums, second_moment
-from lightning_feat.functional.collapse_duality import neco_subspace
-from lightning_feat.functional.collapse_geometry import ce_nonnegative_collapse_count, free_features
-from lightning_feat.functional.collapse_losses import dot_regression, within_class_pull
-from lightning_feat.functional.collapse_means import (
-    nc2_distance_mean,
-    nc2_subspace_chordal_cv,
-    nc2_subspace_spread,
-)
-from lightning_feat.functional.collapse_variability import cdnv_matrix, class_distance_normalized_variance
+from lightning_feat.functional.common.class_sums import between_class_directions, class_sums, second_moment
 from lightning_feat.functional.feature_shift import cosine_shift, relative_shift, relative_shift_by_sample
 from lightning_feat.functional.grassmann import (
     orthonormality_error,
@@ -20,10 +11,16 @@ from lightning_feat.functional.grassmann import (
     random_basis,
     subspace_logits,
 )
-from lightning_feat.functional.hard_examples import highest_losses
-from lightning_feat.functional.linear_probe import fit_logistic_regression
-from lightning_feat.functional.mixup_geometry import mix_sums, plane_residual
-from lightning_feat.functional.regression_collapse import (
+from lightning_feat.functional.neural_collapse.duality import neco_subspace
+from lightning_feat.functional.neural_collapse.geometry import ce_nonnegative_collapse_count, free_features
+from lightning_feat.functional.neural_collapse.losses import dot_regression, within_class_pull
+from lightning_feat.functional.neural_collapse.means import (
+    nc2_distance_mean,
+    nc2_subspace_chordal_cv,
+    nc2_subspace_spread,
+)
+from lightning_feat.functional.neural_collapse.mixup import mix_sums, plane_residual
+from lightning_feat.functional.neural_collapse.regression import (
     explained_variance_ratio,
     nrc2,
     nrc3,
@@ -31,9 +28,12 @@ from lightning_feat.functional.regression_collapse import (
     regression_optimum,
     two_neighbor_dimension,
 )
-from lightning_feat.functional.simplex import directions
-from lightning_feat.functional.simplicity import slow_examples, two_means, useful_indices
+from lightning_feat.functional.neural_collapse.simplex import directions
+from lightning_feat.functional.neural_collapse.variability import cdnv_matrix, class_distance_normalized_variance
+from lightning_feat.functional.simplicity_bias.clusters import slow_examples, two_means, useful_indices
+from lightning_feat.functional.simplicity_bias.hard_examples import highest_losses
 from lightning_feat.functional.transfer import few_shot_error_bound
+from lightning_feat.functional.transfer.probe import fit_logistic_regression
 
 NONE = torch.zeros(0, dtype=torch.long)
 BYTES = torch.tensor([0, 1, 0, 1], dtype=torch.uint8)

@@ -11,15 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from fuzz.comparing import assert_close, copied, leaves, same_bits, tensors
-from fuzz.registry import CASES, STILL_FIT, Case
-from fuzz.worlds import EXTREME, FINITE, FLOATS, World, any_worlds, finite_worlds, regular_worlds
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils import _pytree
 
 import lightning_feat.functional
+from tests.fuzz.comparing import assert_close, copied, leaves, same_bits, tensors
+from tests.fuzz.registry import CASES, STILL_FIT, Case
+from tests.fuzz.worlds import EXTREME, FINITE, FLOATS, World, any_worlds, finite_worlds, regular_worlds
 
 HOUSE = os.path.dirname(lightning_feat.functional.__file__)
 EXAMPLES = 6
@@ -28,11 +28,11 @@ DEEP = 3  # times as many
 
 def functions() -> dict[str, Any]:
     found = {}
-    for module in pkgutil.iter_modules(lightning_feat.functional.__path__):
-        contents = importlib.import_module(f"lightning_feat.functional.{module.name}")
+    for module in pkgutil.walk_packages(lightning_feat.functional.__path__, "lightning_feat.functional."):
+        contents, family = importlib.import_module(module.name), module.name.split(".")[2]
         for name, value in vars(contents).items():
             if inspect.isroutine(value) and value.__module__ == contents.__name__ and not name.startswith("_"):
-                found[f"{module.name}.{name}"] = value
+                found[f"{family}.{name}"] = value
     return found
 
 
@@ -174,10 +174,10 @@ def test_arguments_that_do_not_fit_are_refused(name, case, world):
 
 # By their docstrings: nan on the diagonal, where a margin is not above zero, and for no samples.
 UNDEFINED = {
-    "collapse_variability.cdnv_matrix",
-    "mixup_geometry.mix_measures",
-    "mixup_geometry.strength_of_margin",
-    "reliance.slow_feature_accuracy",
+    "neural_collapse.cdnv_matrix",
+    "neural_collapse.mix_measures",
+    "neural_collapse.strength_of_margin",
+    "simplicity_bias.slow_feature_accuracy",
 }
 
 
@@ -196,7 +196,7 @@ def test_the_layout_makes_no_difference(name, case, world):
 
 
 # Of two cuts with one inertia, rounding chooses, and which cluster is called 0.
-CHOICES = {"simplicity.two_means", "simplicity.slow_examples"}
+CHOICES = {"simplicity_bias.two_means", "simplicity_bias.slow_examples"}
 
 
 @fuzzed(st.tuples(regular_worlds, st.sampled_from(FLOATS[:3])), share=0.5, but=CHOICES)
@@ -217,7 +217,7 @@ def test_narrow_dtypes_are_those_numbers_in_float64(name, case, world):
         assert_close(one, two, tolerance)
 
 
-ROOTS = {"grassmann.principal_angles", "grassmann.geodesic_distance", "collapse_losses.between_class_push"}
+ROOTS = {"grassmann.principal_angles", "grassmann.geodesic_distance", "neural_collapse.between_class_push"}
 
 
 @fuzzed(

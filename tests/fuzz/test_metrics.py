@@ -2,16 +2,16 @@
 
 import pytest
 import torch
-from fuzz.comparing import assert_close, leaves
-from fuzz.worlds import any_worlds, regular_worlds
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from lightning_feat.functional.class_separation import class_separation_r2, direction_sums
 from lightning_feat.functional.neural_collapse import collapse_measures, second_moment
+from lightning_feat.functional.transfer.class_separation import class_separation_r2, direction_sums
 from lightning_feat.manifolds import Grassmann
-from lightning_feat.metrics.class_separation import ClassSeparation, WithinClassVariability
 from lightning_feat.metrics.neural_collapse import ClassDistanceNormalizedVariance, NeuralCollapse
+from lightning_feat.metrics.transfer import ClassSeparation, WithinClassVariability
+from tests.fuzz.comparing import assert_close, leaves
+from tests.fuzz.worlds import any_worlds, regular_worlds
 
 few = settings(max_examples=25, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 

@@ -13,7 +13,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_feat.functional.class_sums import (
+from lightning_feat.functional.common.class_sums import (
     CenterSums,
     ClassCenters,
     ClassSums,
@@ -23,7 +23,7 @@ from lightning_feat.functional.class_sums import (
     second_moment,
 )
 from lightning_feat.functional.grassmann import random_basis
-from lightning_feat.functional.simplex import simplex_prototypes
+from lightning_feat.functional.neural_collapse.simplex import simplex_prototypes
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 FINITE = ("normal", "some_zero", "doubled", "whole")  # each class with directions of its own, as a rule

@@ -7,7 +7,7 @@ import torch
 import torch.distributed
 import torch.multiprocessing
 
-from lightning_feat.functional.class_sums import repeated_by_sampler
+from lightning_feat.functional.common.class_sums import repeated_by_sampler
 from lightning_feat.metrics import ClassDistanceNormalizedVariance, NeuralCollapse
 
 C, D, SIZE, PROCESSES = 5, 8, 41, 2  # an odd number of samples: the sampler repeats one

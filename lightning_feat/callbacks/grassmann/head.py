@@ -1,0 +1,242 @@
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_feat.functional.grassmann import orthonormality_error
+from lightning_feat.functional.grassmann.angles import pairwise_principal_angles
+from lightning_feat.joints.data.processes import full_tensor
+from lightning_feat.joints.module.head_swap import HeadSwap, named_or_found, take_places
+from lightning_feat.joints.module.own_parameters import optimizers_in
+from lightning_feat.joints.module.wraps import add_link, remove_link
+from lightning_feat.joints.run.twins import refuse_averaging_before, refuse_twin
+from lightning_feat.layers.grassmann import GrassmannLinear, local_part
+from lightning_feat.optim.grassmann.step import SubspaceStep, Update, follow_subspaces, following
+
+_LOST = 1e-2  # orthonormality error that no rounding explains
+_WATCHED_BATCHES = 4
+
+
+class GrassmannHead(Callback):
+    """Replace the classifier of any LightningModule by one whose classes are subspaces, and keep these on their
+    manifold.
+
+    The user's own optimizer, scheduler, clipping, precision and checkpoints stay as they are; the head stands where
+    the classifier stood, in the state dict too. Logs at the end of each training epoch
+    ``grassmann/orthonormality_error/<layer>`` and ``grassmann/smallest_angle/<layer>``, the smallest principal angle
+    between any two class subspaces, in degrees.
+
+    List it before a weight averaging callback, which copies the module: averaged bases are then projected back for
+    validation and at the end of the fit. Resume and test with the same callback, or build the module with a
+    ``GrassmannLinear``.
+
+    Args:
+        subspace_dim: dimensions of every class subspace; well below the width of the features.
+        layer: dotted name of the classifier, an ``nn.Linear``; None finds it (see
+            ``joints.features.heads.find_classifier``).
+        scale: largest possible logit.
+        learn_scale: make the scale a parameter.
+        update: how the optimizer's step becomes one of the subspaces; this and the next three: see
+            ``optim.follow_subspaces``.
+        lr_factor: multiplies the step of the subspaces alone.
+        lr: peak learning rate of the ``momentum`` rule.
+        momentum: of the ``momentum`` and ``adam`` rules.
+        second_momentum: of the ``adam`` rule.
+        fresh_head: let a checkpoint with a linear classifier load: the rest comes from it, the subspaces stay as they
+            were drawn, and the optimizer starts anew. Else such a checkpoint is an error.
+    """
+
+    def __init__(
+        self,
+        subspace_dim: int = 8,
+        layer: str | None = None,
+        scale: float = 25.0,
+        learn_scale: bool = False,
+        update: Update = "auto",
+        lr_factor: float = 1.0,
+        lr: float = 0.1,
+        momentum: float = 0.9,
+        second_momentum: float = 0.999,
+        fresh_head: bool = False,
+    ) -> None:
+        if subspace_dim < 1:
+            raise ValueError(f"subspace_dim={subspace_dim} must be at least 1; the paper uses 8.")
+        self.layer = layer
+        self.head_options: dict[str, Any] = {"subspace_dim": subspace_dim, "scale": scale, "learn_scale": learn_scale}
+        self.step_options: dict[str, Any] = {
+            "update": update,
+            "lr_factor": lr_factor,
+            "lr": lr,
+            "momentum": momentum,
+            "second_momentum": second_momentum,
+        }
+        self.fresh_head = fresh_head
+        self.steps: dict[Optimizer, SubspaceStep] = {}
+        self.others: dict[Optimizer, SubspaceStep] = {}
+        self._batches_to_watch = 0
+
+    @property
+    def state_key(self) -> str:
+        return f"GrassmannHead[{self.layer or 'classifier'}]"
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        refuse_twin(trainer, self)
+        self._refuse_strategy(trainer)
+        refuse_averaging_before(trainer, self)
+        build = functools.partial(_build_head, self.head_options)
+        swap = HeadSwap(self.layer, GrassmannLinear, build, "GrassmannHead", self.fresh_head)
+        swap.swap_early(pl_module)
+        add_link(pl_module, "configure_model", self.state_key, swap)
+        if stage == "fit":
+            # By a link, because Tuner.lr_find calls no hook of ours after this one, and would tune a run without our
+            # steps.
+            add_link(pl_module, "configure_optimizers", self.state_key, _FollowOptimizers(self))
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.follow(pl_module, trainer.optimizers)
+        basis = self.head(pl_module).basis
+        if basis.requires_grad and not any(step.holds(basis) for step in [*self.steps.values(), *self.others.values()]):
+            raise RuntimeError(
+                f"no optimizer trains the class subspaces of {self._label(pl_module)}: give configure_optimizers the "
+                "parameters of the classifier as well."
+            )
+        self._batches_to_watch = _WATCHED_BATCHES
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self.follow(pl_module, trainer.optimizers)  # an optimizer made anew during fit comes without hooks
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._batches_to_watch:
+            self._batches_to_watch -= 1
+            self._check(pl_module, _error(self.head(pl_module)))
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        label, head = self._named_head(pl_module)  # once: a large module takes a while to search
+        error = _error(head)
+        self._check(pl_module, error)
+        pl_module.log(f"grassmann/orthonormality_error/{label}", error, sync_dist=True, reduce_fx="max")
+        basis = full_tensor(head.basis)
+        if len(basis) > 1:
+            angle = pairwise_principal_angles(basis)[:, 0].min().rad2deg().float()
+            pl_module.log(f"grassmann/smallest_angle/{label}", angle, sync_dist=True)
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if batch_idx == 0:  # an averaging callback has put its weights in by now
+            self.head(pl_module).project_()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        error = self.head(pl_module).project_()
+        if error > _LOST:
+            warnings.warn(
+                f"the averaged class subspaces of {self._label(pl_module)} were off the manifold (orthonormality error "
+                f"{error:.1e}) and have been projected.",
+                stacklevel=2,
+            )
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        names = {name.replace("_orig_mod.", "") for name in checkpoint.get("state_dict", ())}
+        if self.fresh_head and names and f"{self._label(pl_module)}.basis" not in names:
+            checkpoint["optimizer_states"] = []  # its parameters are others than ours
+            checkpoint["lr_schedulers"] = []  # a schedule in its middle beside an optimizer at its first rate
+            rank_zero_warn(
+                f"{self._label(pl_module)} starts afresh, and so do the optimizer and its schedule: they are not those "
+                "of the checkpoint."
+            )
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._let_go(pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        for step in self.steps.values():
+            step.undo_unfinished()
+        self._let_go(pl_module)  # after an exception Lightning does not call teardown
+
+    def head(self, pl_module: nn.Module) -> GrassmannLinear:
+        """The head in ``pl_module``, once it has been put in."""
+        return self._named_head(pl_module)[1]
+
+    def _named_head(self, pl_module: nn.Module) -> tuple[str, GrassmannLinear]:
+        label, head = named_or_found(pl_module, self.layer)
+        if not isinstance(head, GrassmannLinear):
+            raise RuntimeError(
+                f"the classifier is still a {type(head).__name__}: the head comes in by configure_model."
+            )
+        return label, head
+
+    def _label(self, pl_module: nn.Module) -> str:
+        return named_or_found(pl_module, self.layer)[0]
+
+    def _check(self, pl_module: LightningModule, error: Tensor) -> None:
+        if error > _LOST:
+            names = ", ".join(type(optimizer).__name__ for optimizer in self.steps) or "no optimizer"
+            raise RuntimeError(
+                f"the class subspaces of {self._label(pl_module)} left the manifold (orthonormality error "
+                f"{float(error):.2g}; followed: {names}). Something moves them outside optimizer.step(), or wraps an "
+                "optimizer without calling its hooks, as Lookahead does: use the optimizer inside, or another."
+            )
+
+    def follow(self, pl_module: LightningModule, optimizers: list[Optimizer]) -> None:
+        """Make these optimizers keep the subspaces on their manifold; those that do already are left alone."""
+        for optimizer in optimizers:
+            if optimizer not in self.steps and optimizer not in self.others:
+                head = self.head(pl_module)
+                if (other := following(optimizer, head)) is not None:
+                    self.others[optimizer] = other  # the module's own call of follow_subspaces, which stays
+                else:
+                    self.steps[optimizer] = follow_subspaces(optimizer, head, **self.step_options)
+
+    def _let_go(self, pl_module: LightningModule) -> None:
+        for step in self.steps.values():
+            step.remove()
+        self.steps.clear()
+        self.others.clear()
+        for method in ("configure_model", "configure_optimizers"):
+            remove_link(pl_module, method, self.state_key)
+
+    def _refuse_strategy(self, trainer: Trainer) -> None:
+        name = type(trainer.strategy).__name__
+        if name in ("FSDPStrategy", "DeepSpeedStrategy"):
+            raise ValueError(
+                f"{name} flattens or offloads parameters, so that class subspaces cannot be followed: use "
+                "strategy='ddp', or FSDP2 by ModelParallelStrategy."
+            )
+
+
+class _FollowOptimizers:
+    """The link around ``configure_optimizers``. A copy or a pickle of the module has nothing to do with our
+    optimizers.
+    """
+
+    def __init__(self, callback: GrassmannHead | None = None) -> None:
+        self.callback = callback
+
+    def __call__(self, module: LightningModule, call: Callable[..., Any]) -> Any:
+        configured = call()
+        if self.callback is not None:
+            optimizers = optimizers_in(configured)
+            take_places(optimizers, self.callback.head(module))
+            self.callback.follow(module, optimizers)
+        return configured
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_FollowOptimizers, ())
+
+
+def _error(head: GrassmannLinear) -> Tensor:
+    local = local_part(head.basis)
+    return orthonormality_error(local).amax() if local.numel() else torch.zeros((), device=local.device)
+
+
+def _build_head(options: dict[str, Any], old: nn.Linear) -> GrassmannLinear:
+    head = GrassmannLinear(old.in_features, old.out_features, device=old.weight.device, **options)
+    return head.double() if old.weight.dtype == torch.float64 else head

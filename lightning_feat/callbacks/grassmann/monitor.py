@@ -1,0 +1,311 @@
+import weakref
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+
+from lightning_feat.callbacks.grassmann.figures import draw_angles
+from lightning_feat.callbacks.grassmann.head import GrassmannHead
+from lightning_feat.callbacks.reports.figures import folder_for_figures, publish_figure
+from lightning_feat.functional.grassmann import orthonormality_error
+from lightning_feat.functional.grassmann.angles import pairwise_principal_angles
+from lightning_feat.functional.transfer.class_separation import sample_of_each_class
+from lightning_feat.joints.data.passes import (
+    Forward,
+    clean_batches,
+    clean_loader,
+    is_last_epoch,
+    run_forward,
+    without_trace,
+)
+from lightning_feat.joints.data.processes import full_tensor, gather_samples, repeated_rows
+from lightning_feat.joints.features.batches import TargetKey, class_indices, targets_of
+from lightning_feat.joints.features.heads import find_classifier
+from lightning_feat.joints.features.nonfinite import NonfiniteWatch
+from lightning_feat.joints.features.taps import FeatureTap, Pooling, TapError, find_layer
+from lightning_feat.joints.run.spared import run_spared
+from lightning_feat.joints.run.twins import callbacks_of, refuse_twin
+from lightning_feat.layers.grassmann import GrassmannLinear
+from lightning_feat.metrics.grassmann import subspace_angles, subspace_distances
+from lightning_feat.metrics.transfer import ClassSeparation, WithinClassVariability
+
+
+class GrassmannMonitor(Callback):
+    """Log how the class subspaces of a ``GrassmannLinear`` lie and move, and how its features spread, as
+    ``grassmann/<measure>/<layer>``.
+
+    Of the subspaces, at the end of chosen epochs: ``angle_mean``, the mean principal angle between two of them (all
+    angles of all pairs), in degrees; ``distance_from_start_mean`` and ``distance_from_start_max``, the geodesic
+    distance of a subspace from where the run began, in radians, which a resumed run remembers. ``smallest_angle``
+    (degrees) and ``orthonormality_error`` come from the ``GrassmannHead`` callback where there is one, else from here.
+
+    Of the features that the head reads: ``variability``, the mean angle between two of one class, in degrees, and
+    ``r2``, the separation of the classes; ``functional.transfer`` defines them. ``mode="online"`` sums the
+    training batches of a chosen epoch as they pass; the variability is then that of the pairs inside each batch, and
+    the weights move meanwhile; where a run resumes in the middle of an epoch, that epoch shows the batches since then
+    alone, as the sums are in no checkpoint. ``mode="exact"`` runs the network over the data at the end of the epoch, in
+    eval mode, each sample once over all processes, and leaves no trace.
+
+    Cost: between chosen epochs nothing. In one, ``max_pairs`` pairs of subspaces; online, for each batch of B samples,
+    ``B^2 D`` products in float64. The start of the subspaces is part of every checkpoint: as large as the basis.
+
+    Args:
+        layer: dotted name of the head; None finds it (see ``joints.features.heads.find_classifier``).
+        mode: see above.
+        data: for the exact mode, the ``"train"`` data or the ``"val"`` data (logged as ``grassmann_val/...``).
+        every_n_epochs: after the first epoch, every n-th and, as far as it is known in time, the last.
+        max_pairs: of classes to compare; up to 141 classes are all compared by default. More are sampled by ``seed``,
+            the same pairs in every epoch.
+        max_samples_per_class: for the exact mode, how many to take for the variability, chosen by ``seed``; every
+            process holds these of all processes for a moment. R^2 is of all samples. None takes all.
+        seed: of both choices.
+        figure: draw a histogram of the principal angles, as a PNG beside the logger's files and as an image into
+            every TensorBoard and W&B logger. Needs matplotlib.
+        pooling: how inputs of the head that are not ``(N, D)`` become so, see ``joints.features.taps.pool``.
+        target_key: where a batch keeps class indices, see ``joints.features.batches``. Online, the targets must belong
+            to the features: with mixup use the exact mode, on loaders that do not mix.
+        ignore_index: samples with this target are left out.
+        forward: for the exact mode, ``forward(module, batch)`` that runs the network; None calls ``module(batch[0])``
+            for a tuple or list, else ``module(batch)``.
+    """
+
+    def __init__(
+        self,
+        layer: str | None = None,
+        mode: Literal["online", "exact"] = "online",
+        data: Literal["train", "val"] = "train",
+        every_n_epochs: int = 1,
+        max_pairs: int = 10_000,
+        max_samples_per_class: int | None = 100,
+        seed: int = 0,
+        figure: bool = False,
+        pooling: Pooling | None = None,
+        target_key: TargetKey = None,
+        ignore_index: int = -100,
+        forward: Forward | None = None,
+    ) -> None:
+        if mode not in ("online", "exact") or data not in ("train", "val"):
+            raise ValueError(f"mode={mode!r}, data={data!r}: choose 'online' or 'exact', and 'train' or 'val'.")
+        if mode == "online" and data == "val":
+            raise ValueError("the online mode sees training batches only: for data='val' choose mode='exact'.")
+        smallest = 1 if max_samples_per_class is None else max_samples_per_class - 1
+        if min(every_n_epochs, max_pairs, smallest) < 1:
+            raise ValueError(
+                f"{every_n_epochs=} and {max_pairs=} must be at least 1, and {max_samples_per_class=} at least 2."
+            )
+        self.layer, self.mode, self.data, self.every_n_epochs = layer, mode, data, every_n_epochs
+        self.max_pairs, self.max_samples_per_class, self.seed = max_pairs, max_samples_per_class, seed
+        self.figure, self.pooling = figure, pooling
+        self.target_key, self.ignore_index, self.forward = target_key, ignore_index, forward
+        self.start: Tensor | None = None
+        self.nonfinite = NonfiniteWatch(self.state_key, " and are left out of the measures")
+        self._of: weakref.ref[LightningModule] | None = None  # whose start it is
+        self._tap: FeatureTap | None = None
+        self._listens, self._head_reports, self._label, self._folder = False, False, "", ""
+        self._failed: set[str] = set()  # what could not be done, which is said once
+        self._heard = torch.zeros(())  # samples of this epoch
+        self._r2: ClassSeparation | None = None
+        self._variability: WithinClassVariability | None = None
+
+    @property
+    def state_key(self) -> str:
+        return f"GrassmannMonitor[{self.layer or 'classifier'}]"
+
+    # Not by state_dict: of two stateful callbacks with one key Lightning complains before refuse_twin can say why.
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint[self.state_key] = self.start
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.start = checkpoint.get(self.state_key)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        refuse_twin(trainer, self)
+        if stage != "fit":
+            return
+        if trainer.global_step == 0 or self._of is None or self._of() is not pl_module:
+            self.start = None  # of an earlier run; a checkpoint, if any, is loaded after this
+        self._of = weakref.ref(pl_module)
+        if self.figure:
+            self._folder = folder_for_figures(trainer, "figure=True")
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._label, head = self._find(pl_module)
+        self._tap = FeatureTap(self._label, "input", self.pooling)
+        self._tap.attach(pl_module)
+        self._r2 = ClassSeparation(head.num_classes, head.in_features).to(pl_module.device)
+        self._variability = WithinClassVariability(
+            head.num_classes,
+            sync_on_compute=self.mode == "online",  # the exact mode gathers samples instead
+        ).to(pl_module.device)
+        self._listens, self._failed = False, set()
+        self._heard = torch.zeros(())
+        self.nonfinite.reset()
+        self._head_reports = any(
+            isinstance(other, GrassmannHead) and other.head(pl_module) is head for other in callbacks_of(trainer)
+        )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.start is None:  # not in on_fit_start: with some strategies a checkpoint is loaded after it
+            self.start = full_tensor(self._find(pl_module)[1].basis).cpu().clone()
+        self._listens = self.mode == "online" and self._is_due(trainer)  # also in an epoch resumed in its middle
+        if self.mode == "exact" and self.data == "train":  # what is wrong with the data is said now
+            clean_loader(trainer, trainer.train_dataloader, "training")
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._listens = self.mode == "online" and self._is_due(trainer)
+        self._heard = torch.zeros(())
+        for metric in self._metrics():
+            metric.reset()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._listens and self._tap is not None:
+            self._tap.listen()
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        if self._tap is not None:
+            self._tap.hold()  # SAM runs training_step twice: the features at the perturbed weights are not wanted
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not self._listens or self._tap is None:
+            return
+        try:
+            features, targets, keep = self._take(batch)
+        except TapError:
+            if any(metric.update_count for metric in self._metrics()):
+                return  # a step may skip the network now and then
+            raise
+        repeated = repeated_rows(trainer, batch_idx, len(features), features.device)
+        for metric in self._metrics():
+            metric.update(features[keep], targets[keep], None if repeated is None else repeated[keep])
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not (self._is_due(trainer) or is_last_epoch(trainer)):
+            return
+        basis = full_tensor(self._find(pl_module)[1].basis)
+        if self.start is not None:
+            distances = subspace_distances(basis, self.start)
+            self._log(pl_module, "distance_from_start_mean", distances.mean())
+            self._log(pl_module, "distance_from_start_max", distances.max())
+        angles = subspace_angles(basis, self.max_pairs, self.seed).rad2deg()
+        if len(angles):
+            self._log(pl_module, "angle_mean", angles.mean())
+        if not self._head_reports:
+            self._log(pl_module, "orthonormality_error", orthonormality_error(basis).max())
+            if len(angles):
+                # Of all pairs, as GrassmannHead logs it, and not of a sample.
+                self._log(pl_module, "smallest_angle", pairwise_principal_angles(basis).min().rad2deg())
+        if self.figure and len(angles) and not getattr(trainer, "fast_dev_run", False):
+            self._show(trainer, angles.cpu())
+        if self.mode == "exact":
+            loader = trainer.train_dataloader if self.data == "train" else trainer.val_dataloaders
+            self._measure(trainer, pl_module, loader)
+        if self._r2 is not None and self._variability is not None and (self.mode == "exact" or self._listens):
+            suffix = "_val" if self.data == "val" else ""
+            self._log(pl_module, "r2", self._r2.compute(), suffix)
+            self.nonfinite.check(trainer, self._label, *self._lost(trainer, self._r2.nonfinite))
+            self._log(pl_module, "variability", self._variability.compute(), suffix)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._let_go()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._let_go()  # after an exception Lightning does not call teardown
+
+    def _find(self, module: LightningModule) -> tuple[str, GrassmannLinear]:
+        if self.layer is None:
+            label, head = find_classifier(module)
+        else:
+            label, head = self.layer, find_layer(module, self.layer)
+        if not isinstance(head, GrassmannLinear):
+            raise ValueError(
+                f"the classifier {label} is a {type(head).__name__}, not a GrassmannLinear: add the GrassmannHead "
+                "callback, or name the head (argument `layer`)."
+            )
+        return label, head
+
+    def _measure(self, trainer: Trainer, module: LightningModule, loader: Any) -> None:
+        """Fill both metrics by a clean pass: R^2 from sums, the variability from samples of all processes."""
+        clean = clean_loader(trainer, loader, "training" if self.data == "train" else "validation")
+        r2, variability = self._metrics()
+        none = torch.zeros(0, dtype=torch.long, device=module.device)
+        kept: list[_Samples] = []
+        seen, held, most = 0, 0, 2**14
+        with without_trace(trainer, module):
+            for batch in clean_batches(trainer, module, clean):
+                if self._tap is not None:
+                    self._tap.listen()
+                run_forward(trainer, module, batch, self.forward)
+                h, t, keep = self._take(batch)
+                index = trainer.global_rank + trainer.world_size * torch.arange(seen, seen + len(h), device=h.device)
+                r2.update(h[keep], t[keep])
+                kept.append((h[keep], t[keep], index[keep]))
+                seen, held = seen + len(h), held + int(keep.sum())
+                if held > most:  # choose from twice what was chosen before, so that all choices cost but little
+                    kept = [self._sample(_joined(kept))]
+                    held = len(kept[0][0])
+                    most = max(most, 2 * held)
+        mine = self._sample(_joined(kept)) if kept else (torch.zeros(0, 1, device=module.device), none, none)
+        h, t, _ = self._sample(gather_samples(*mine))
+        variability.update(h, t)
+
+    def _sample(self, samples: "_Samples") -> "_Samples":
+        if self.max_samples_per_class is None:
+            return samples
+        features, targets, indices = samples
+        chosen = sample_of_each_class(targets, self.max_samples_per_class, self.seed, indices)
+        return features[chosen], targets[chosen], indices[chosen]
+
+    def _take(self, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Features, targets, and which of them count."""
+        if self._tap is None:
+            raise RuntimeError("the monitor listens only while fitting.")
+        features = self._tap.take()
+        where = f"the targets for layer {self._label}"
+        targets = class_indices(targets_of(batch, self.target_key), len(features), where, self.pooling != "tokens")
+        targets = targets.to(features.device)
+        keep = targets != self.ignore_index
+        self._heard = self._heard.to(keep.device) + keep.sum()
+        return features, targets, keep
+
+    def _lost(self, trainer: Trainer, lost: Tensor) -> tuple[float, float]:
+        """Over all processes, samples that were left out, and all that were heard."""
+        numbers = torch.stack([lost, self._heard.to(lost)])
+        if trainer.world_size > 1:
+            numbers = trainer.strategy.reduce(numbers, reduce_op="sum")  # type: ignore[assignment]
+        return float(numbers[0]), float(numbers[1])
+
+    def _metrics(self) -> list[ClassSeparation | WithinClassVariability]:
+        return [metric for metric in (self._r2, self._variability) if metric is not None]
+
+    def _is_due(self, trainer: Trainer) -> bool:
+        epoch = trainer.current_epoch + 1
+        return epoch == 1 or epoch == trainer.max_epochs or epoch % self.every_n_epochs == 0
+
+    def _log(self, module: LightningModule, measure: str, value: Tensor, suffix: str = "") -> None:
+        # Equal on all processes already; sync_dist only spares the reader a warning from Lightning.
+        name = f"grassmann{suffix}/{measure}/{self._label}"
+        module.log(name, value.to(module.device, torch.float32), sync_dist=True)
+
+    @rank_zero_only
+    def _show(self, trainer: Trainer, angles: Tensor) -> None:
+        with run_spared("GrassmannMonitor", "draw the angles", self._failed):
+            figure = draw_angles(angles)
+            name = f"grassmann_angles-{self._label}-epoch={trainer.current_epoch}.png"
+            publish_figure(trainer, figure, self._folder, name, f"grassmann/angles/{self._label}")
+
+    def _let_go(self) -> None:
+        if self._tap is not None:
+            self._tap.remove()
+        self._tap, self._r2, self._variability, self._listens = None, None, None, False
+
+
+_Samples = tuple[Tensor, Tensor, Tensor]  # features, targets, and their numbers in the data set
+
+
+def _joined(parts: list[_Samples]) -> _Samples:
+    features, targets, indices = (torch.cat(column) for column in zip(*parts, strict=True))
+    return features, targets, indices

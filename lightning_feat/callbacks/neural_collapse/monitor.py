@@ -1,0 +1,287 @@
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from lightning_feat.callbacks.neural_collapse.classifier import classifier_tensors
+from lightning_feat.callbacks.neural_collapse.exact_pass import exact_pass
+from lightning_feat.callbacks.neural_collapse.report import CollapseReport
+from lightning_feat.callbacks.neural_collapse.thresholds import CollapseThreshold, ThresholdWatch
+from lightning_feat.functional.common.class_sums import GlobalMean
+from lightning_feat.joints.data.passes import Forward, clean_loader, is_last_epoch
+from lightning_feat.joints.data.processes import repeated_rows
+from lightning_feat.joints.features.batches import TargetKey, targets_of
+from lightning_feat.joints.features.labelled_taps import LabelledTaps
+from lightning_feat.joints.features.nonfinite import NonfiniteWatch
+from lightning_feat.joints.features.taps import Pooling, Read, TapError
+from lightning_feat.joints.run.twins import callbacks_of, refuse_twin
+from lightning_feat.metrics.neural_collapse import NeuralCollapse
+
+DEFAULT_MEASURES = (
+    *("nc0", "nc1_pinv_over_k", "nc1_quotient", "cdnv", "vci", "nc2_equinorm", "nc2_equiangularity", "nc2_etf_error"),
+    *("nc2_subspace_*", "nc3", "nc3_subspace_angle", "nc4_mismatch", "ncc_accuracy"),
+)
+_WIDEST_SPECTRUM = 2048  # up to here a (D, D) matrix takes 34 MB, and its eigenvalues 0.7 s on one CPU core
+_WIDEST_ONLINE_MOMENT = 512  # up to here the D x D moment costs about a millisecond for a batch of 128 on two CPU cores
+
+
+class NeuralCollapseMonitor(Callback):
+    """Log how far the features of a layer, or of several, have collapsed, as ``neural_collapse/<measure>/<layer>``.
+
+    The names of the measures state their convention; ``functional.neural_collapse.collapse_measures`` lists and
+    defines them.
+
+    ``mode="online"`` sums the training batches as they pass: no extra forward, but the weights move during the epoch,
+    so the values lag those at fixed weights until training settles; they are those of the network in training mode,
+    on augmented data. What a ``DistributedSampler`` repeats to even out the processes counts once, also where batches
+    carry indices; what a sampler of your own draws again counts again. The sums are in no checkpoint: where a run
+    resumes in the middle of an epoch, that epoch shows the batches since then alone.
+
+    ``mode="exact"`` runs the network once over the data at the end of chosen epochs, in eval mode, each sample once
+    over all processes, and adds what needs the class means first (``nc4_mismatch``, ``ncc_accuracy``, NC1 by
+    pseudo-inverse without a ``(D, D)`` matrix). It keeps the features for that if they fit into ``memory_budget_mb``,
+    and else runs a second time. It leaves no trace in the training: weights are bit for bit what they are without it.
+    The Trainer's progress bar, if any, shows how far it is.
+
+    NC0, NC3 and the geometry of the weights are logged for the layer that feeds a classifier with a ``weight``
+    ``(C, D)`` (``nn.Linear``, cosine classifiers) or a ``SimplexETF``, and their subspace versions for one that feeds
+    a ``GrassmannLinear``; of another classifier a warning says that they are left out.
+
+    Beside the loggers: a table with all measures in full precision and, on demand, figures and thresholds that warn or
+    stop. What goes wrong in writing is a warning.
+
+    Beside an online monitor of the same layer, the exact one logs the training data as ``neural_collapse_exact/...``.
+
+    Args:
+        layer: dotted name of a submodule, or several; None for the input of the classifier.
+        read: the ``"output"`` (default where a name is given) or the ``"input"`` of the layer.
+        pooling: how features that are not ``(N, D)`` become so, see ``joints.features.taps.pool``.
+        num_classes: number of classes; None takes that of the classifier.
+        mode: see above.
+        data: for the exact mode, the ``"train"`` data, the ``"val"`` data (logged as ``neural_collapse_val/...``), or
+            ``"both"``.
+        every_n_epochs: for the exact mode, and for figures in both: after the first epoch, every n-th and, as far as it
+            is known in time, the last; ``"log"`` for epochs 1, 2, 3, 4, 6, 8, 12, 16, 24, ... and the last.
+        measures: patterns of the names to log, ``["*"]`` for all; None for one or two of each kind.
+        classifier: dotted name of the classifier where it cannot be found; its outputs are the logits of NC4.
+        target_key: where a batch keeps class indices ``(N,)`` or soft labels ``(N, C)``, see
+            ``joints.features.batches``. The targets must belong to the features, which nothing can check: online, where
+            ``training_step`` mixes its inputs, values come out that mean nothing. Use the exact mode there, or mix in
+            ``on_after_batch_transfer``, which puts the soft labels into the batch. Mixup in a collate function is also
+            in what the exact mode sees of the training data.
+        ignore_index: samples with this target are left out.
+        global_mean: what class means are centred by: the mean of the class means, or of all samples.
+        second_moment: for the online mode, keep the ``(D, D)`` moment that NC1 by pseudo-inverse needs; None: up to D
+            = 512.
+        forward: for the exact mode, ``forward(module, batch)`` that runs the network; None calls ``module(batch[0])``
+            for a tuple or list, else ``module(batch)``.
+        memory_budget_mb: for the exact mode, what kept features may take on each process.
+        figures: draw the cosines of the class means, the spectra of the scatter within and between classes, and the
+            measures over the epochs, as ``neural_collapse-<layer>-epoch=<n>.png`` beside the logger's files and into
+            every TensorBoard and W&B logger. Takes 0.6 s each, and the eigenvalues of a ``(D, D)`` matrix: the spectrum
+            within classes is left out, and said to be, in the exact mode above D = 2048 and in the online mode without
+            the second moment. Needs matplotlib.
+        table: write ``neural_collapse.csv`` beside the logger's files, with every measure in full precision, see
+            ``callbacks.neural_collapse.table``. None where there is a logger that has a folder; True also without, into
+            ``default_root_dir``.
+        thresholds: see :class:`CollapseThreshold`.
+    """
+
+    def __init__(
+        self,
+        layer: str | list[str] | None = None,
+        read: Read | None = None,
+        pooling: Pooling | None = None,
+        num_classes: int | None = None,
+        mode: Literal["online", "exact"] = "online",
+        data: Literal["train", "val", "both"] = "train",
+        every_n_epochs: int | Literal["log"] = 1,
+        measures: list[str] | None = None,
+        classifier: str | None = None,
+        target_key: TargetKey = None,
+        ignore_index: int = -100,
+        global_mean: GlobalMean = "classes",
+        second_moment: bool | None = None,
+        forward: Forward | None = None,
+        memory_budget_mb: float = 1024.0,
+        figures: bool = False,
+        table: bool | None = None,
+        thresholds: list[CollapseThreshold] | None = None,
+    ) -> None:
+        if mode not in ("online", "exact") or data not in ("train", "val", "both"):
+            raise ValueError(f"mode={mode!r}, data={data!r}: choose 'online' or 'exact', and 'train', 'val' or 'both'.")
+        if every_n_epochs != "log" and every_n_epochs < 1:
+            raise ValueError(f"every_n_epochs={every_n_epochs} must be at least 1, or 'log'.")
+        if mode == "online" and data != "train":
+            raise ValueError(
+                "the online mode sees training batches only: for data='val' or 'both' choose mode='exact'."
+            )
+        layers: list[str | None] = [*layer] if isinstance(layer, list) else [layer]
+        if len(set(layers)) < len(layers) or not layers:
+            raise ValueError(f"layer={layer}: name each layer once, and at least one.")
+        self.taps = LabelledTaps(layers, read, pooling, classifier, target_key, ignore_index)
+        self.num_classes = num_classes
+        self._beside_online = False
+        self.mode, self.data, self.every_n_epochs = mode, data, every_n_epochs
+        self.measures = tuple(measures) if measures is not None else DEFAULT_MEASURES
+        self.global_mean, self.second_moment = global_mean, second_moment
+        self.forward = forward
+        self.memory_budget_mb = memory_budget_mb
+        self.report = CollapseReport(mode, figures, table)
+        self.watch = ThresholdWatch(thresholds or [])
+        self.nonfinite = NonfiniteWatch("neural collapse", " and are left out of the measures")
+        self._online: dict[str, NeuralCollapse] = {}
+        self._warned: set[str] = set()
+
+    @property
+    def state_key(self) -> str:
+        return f"NeuralCollapseMonitor[{self.mode}, {', '.join(self.taps.labels)}]"
+
+    # Not by state_dict: of two stateful callbacks with one key Lightning complains before refuse_twin can say why.
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self.report.figures:
+            checkpoint[self.state_key] = self.report.points
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.report.points = checkpoint.get(self.state_key, {})
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        refuse_twin(trainer, self)
+        others = [other for other in callbacks_of(trainer) if isinstance(other, NeuralCollapseMonitor)]
+        # Lightning would take the mean of two values of one name.
+        self._beside_online = self.mode == "exact" and any(
+            other.mode == "online" and set(other.taps.labels) & set(self.taps.labels) for other in others
+        )
+        if stage == "fit":
+            self.report.start(trainer)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Not in setup: before configure_model the layers may not be there, or be replaced later.
+        self._online, self._warned = {}, set()
+        self.watch.reset()
+        self.nonfinite.reset()
+        self.taps.attach(pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.mode == "exact" and self.data != "val":  # what is wrong with the data is said now
+            clean_loader(trainer, trainer.train_dataloader, "training")
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for metric in self._online.values():
+            metric.reset()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self.mode == "online":
+            self.taps.listen()
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        self.taps.hold()  # SAM runs training_step twice: the features at the perturbed weights are not wanted
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.mode != "online":
+            return
+        try:
+            heard = self.taps.take(batch)
+        except TapError:
+            if self._online or not outputs:
+                return  # a step may skip the network now and then
+            raise
+        for label, (features, targets) in heard.labelled.items():
+            if label not in self._online:
+                self._online[label] = self._metric(pl_module, features)
+            repeated = self._repeated(trainer, len(features), batch, batch_idx)
+            self._online[label].update(features, targets, repeated)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.mode == "online":
+            for label, metric in self._online.items():
+                self._report(trainer, pl_module, metric, label, "train")
+        elif self._is_due(trainer):
+            if self.data in ("train", "both"):
+                self._measure(trainer, pl_module, trainer.train_dataloader, "train")
+            if self.data in ("val", "both"):
+                self._measure(trainer, pl_module, trainer.val_dataloaders, "val")
+        else:
+            return
+        self.watch.end_round()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._let_go()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._let_go()  # after an exception Lightning does not call teardown
+
+    def _measure(self, trainer: Trainer, module: LightningModule, loader: Any, data: str) -> None:
+        name = {"train": "training", "val": "validation"}[data]
+
+        def new_metric(features: Tensor) -> NeuralCollapse:
+            return self._metric(module, features)
+
+        metrics = exact_pass(trainer, module, loader, name, self.taps, new_metric, self.forward, self.memory_budget_mb)
+        for label, metric in metrics.items():
+            self._report(trainer, module, metric, label, data)
+
+    def _metric(self, module: LightningModule, features: Tensor) -> NeuralCollapse:
+        num_classes = self.taps.count_classes(module) if self.num_classes is None else self.num_classes
+        width = features.shape[1]
+        moment = width <= _WIDEST_ONLINE_MOMENT if self.second_moment is None else self.second_moment
+        metric = NeuralCollapse(
+            num_classes,
+            width,
+            second_moment=self.mode == "online" and moment,
+            global_mean=self.global_mean,
+            within_scatter=self.mode == "exact" and self.report.figures and width <= _WIDEST_SPECTRUM,
+        )
+        return metric.to(features.device)
+
+    def _report(self, trainer: Trainer, module: LightningModule, metric: NeuralCollapse, label: str, data: str) -> None:
+        if self.taps.feeds.get(label, False) and self.taps.head is not None:
+            name, head = self.taps.head
+            classifier = classifier_tensors(head, metric.num_classes, metric.num_features)
+            if not classifier:
+                self._warn_once(
+                    f"the classifier {name}, a {type(head).__name__}, has no weight ({metric.num_classes}, "
+                    f"{metric.num_features}): what needs one (NC0, NC3, the geometry of its rows) is left out."
+                )
+            metric.set_classifier(**classifier)
+        values = metric.compute()
+        lost = int(values.pop("nonfinite_samples"))
+        self.nonfinite.check(trainer, label, lost, lost + float(metric.counts.sum()) * trainer.world_size)
+        train = "neural_collapse_exact" if self._beside_online else "neural_collapse"
+        method = train if data == "train" else "neural_collapse_val"
+        for name, value in values.items():
+            if any(fnmatchcase(name, pattern) for pattern in self.measures):
+                # compute() agrees on all processes already; sync_dist only spares the reader a warning from Lightning.
+                module.log(f"{method}/{name}/{label}", value.float(), sync_dist=True)
+        numbers = {name: float(value) for name, value in values.items()}
+        self.watch.check(trainer, label, data, numbers)  # first: it may say that this epoch is the last
+        picture = metric.picture() if self.report.figures and self._is_due(trainer) else None
+        self.report.add(trainer, label, data, numbers, picture)
+
+    def _warn_once(self, sentence: str) -> None:
+        if sentence not in self._warned:
+            self._warned.add(sentence)
+            rank_zero_warn(f"neural collapse: {sentence}")
+
+    def _is_due(self, trainer: Trainer) -> bool:
+        epoch = trainer.current_epoch + 1
+        if epoch == 1 or is_last_epoch(trainer):
+            return True
+        if self.every_n_epochs == "log":
+            return epoch & (epoch - 1) == 0 or (epoch % 3 == 0 and (epoch // 3) & (epoch // 3 - 1) == 0)
+        return epoch % self.every_n_epochs == 0
+
+    def _repeated(self, trainer: Trainer, num_samples: int, batch: Any, batch_idx: int) -> Tensor | None:
+        """Which samples of this batch the sampler repeats; None where that is not so, or not known."""
+        targets = targets_of(batch, self.taps.target_key)
+        if num_samples != len(targets):
+            return None  # several views or tokens of a sample, or samples that are ignored
+        return repeated_rows(trainer, batch_idx, num_samples, targets.device)
+
+    def _let_go(self) -> None:
+        self.taps.remove()
+        self._online = {}

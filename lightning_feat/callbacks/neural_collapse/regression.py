@@ -1,0 +1,145 @@
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_feat.functional.neural_collapse.regression import nrc1, nrc2, nrc3, nrc3_best_gamma, target_covariance
+from lightning_feat.joints.data.passes import (
+    Forward,
+    clean_batches,
+    clean_loader,
+    is_last_epoch,
+    run_forward,
+    without_trace,
+)
+from lightning_feat.joints.data.processes import full_tensor, gather_samples
+from lightning_feat.joints.features.batches import TargetKey, targets_of
+from lightning_feat.joints.features.heads import find_classifier
+from lightning_feat.joints.features.nonfinite import NonfiniteWatch
+from lightning_feat.joints.features.taps import FeatureTap, find_layer
+from lightning_feat.joints.run.twins import refuse_twin
+
+
+class RegressionCollapseMonitor(Callback):
+    """Log how far a network with several outputs has collapsed, as ``regression_collapse/<measure>/<layer>``.
+
+    ``nrc1``, ``nrc2`` and ``nrc3`` are those of ``functional.neural_collapse``, of the features that the last
+    layer gets. The gamma of ``nrc3`` is the best for the head as it is, logged as ``nrc3_gamma``, so that the value is
+    the lower bound of any other choice; the paper takes that of the last epoch for all. A single output has no
+    ``nrc3``.
+
+    At the end of chosen epochs the network runs over the data once, in eval mode, each sample once over all processes,
+    and leaves no trace in the training. Every process holds all features, ``8 N D`` bytes.
+
+    Args:
+        head: dotted name of the last layer, an ``nn.Linear``; None to find it.
+        data: the ``"train"`` data, or the ``"val"`` data (logged as ``regression_collapse_val/...``).
+        every_n_epochs: after the first epoch, every n-th and the last.
+        centered: whether NRC1 takes the principal components of the centred features.
+        target_key: where a batch keeps the targets ``(N,)`` or ``(N, n)``, see ``joints.features.batches``.
+        forward: ``forward(module, batch)`` that runs the network; None calls ``module(batch[0])`` for a tuple or list,
+            else ``module(batch)``.
+    """
+
+    def __init__(
+        self,
+        head: str | None = None,
+        data: Literal["train", "val"] = "train",
+        every_n_epochs: int = 1,
+        centered: bool = True,
+        target_key: TargetKey = None,
+        forward: Forward | None = None,
+    ) -> None:
+        if data not in ("train", "val"):
+            raise ValueError(f"data={data!r}: choose 'train' or 'val'.")
+        if every_n_epochs < 1:
+            raise ValueError(f"every_n_epochs={every_n_epochs} must be at least 1.")
+        self.tap = FeatureTap(head, "input")
+        self.data, self.every_n_epochs, self.centered = data, every_n_epochs, centered
+        self.target_key, self.forward = target_key, forward
+        self.nonfinite = NonfiniteWatch(self.state_key, "; what is made of them is nan")
+
+    @property
+    def state_key(self) -> str:
+        return f"RegressionCollapseMonitor[{self.data}, {self.tap.label}]"
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        refuse_twin(trainer, self)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        head = self._head(pl_module)
+        if head.in_features < head.out_features:
+            raise ValueError(
+                f"{self.state_key}: the last layer turns {head.in_features} features into {head.out_features} outputs, "
+                "but regression collapse is defined for no more outputs than features."
+            )
+        self.nonfinite.reset()
+        self.tap.attach(pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.data == "train":  # what is wrong with the data is said now
+            clean_loader(trainer, trainer.train_dataloader, "training")
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        epoch = trainer.current_epoch + 1
+        if epoch > 1 and epoch % self.every_n_epochs and not is_last_epoch(trainer):
+            return
+        val = self.data == "val"
+        loader = trainer.val_dataloaders if val else trainer.train_dataloader
+        features, targets = self._read(
+            trainer, pl_module, clean_loader(trainer, loader, "validation" if val else "training")
+        )
+        lost = int((~features.isfinite().all(1)).sum())
+        self.nonfinite.check(trainer, self.tap.label, lost, len(features))
+        weight = full_tensor(self._head(pl_module).weight)
+        values = {"nrc1": nrc1(features, targets.shape[1], self.centered), "nrc2": nrc2(features, weight)}
+        if targets.shape[1] > 1:
+            covariance = target_covariance(targets)
+            values["nrc3_gamma"] = nrc3_best_gamma(weight, covariance)
+            values["nrc3"] = nrc3(weight, covariance, values["nrc3_gamma"])
+        method = "regression_collapse_val" if val else "regression_collapse"
+        for name, value in values.items():
+            # All processes hold the same features; sync_dist only spares the reader a warning from Lightning.
+            logged = value.to(pl_module.device, torch.float32)
+            pl_module.log(f"{method}/{name}/{self.tap.label}", logged, sync_dist=True)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.tap.remove()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.tap.remove()  # after an exception Lightning does not call teardown
+
+    def _head(self, module: LightningModule) -> nn.Linear:
+        name = self.tap.layer
+        head = find_classifier(module)[1] if name is None else find_layer(module, name)
+        if not isinstance(head, nn.Linear):
+            raise ValueError(
+                f"{self.state_key}: the last layer is a {type(head).__name__}, but must be an nn.Linear: set head."
+            )
+        return head
+
+    def _read(self, trainer: Trainer, module: LightningModule, loader: DataLoader[Any]) -> tuple[Tensor, Tensor]:
+        """Features ``(N, D)`` and targets ``(N, n)`` of all processes, in the order of the data set."""
+        features, targets = [], []
+        with without_trace(trainer, module):
+            for batch in clean_batches(trainer, module, loader):
+                with self.tap.listening():
+                    run_forward(trainer, module, batch, self.forward)
+                    features.append(self.tap.take())
+                targets.append(self._targets(batch, features[-1]))
+        h = torch.cat(features) if features else torch.zeros(0, 1, device=module.device)
+        y = torch.cat(targets) if targets else torch.zeros(0, 1, device=module.device)
+        index = trainer.global_rank + trainer.world_size * torch.arange(len(h), device=h.device)
+        return gather_samples(h, y, index)[:2]
+
+    def _targets(self, batch: Any, features: Tensor) -> Tensor:
+        targets = targets_of(batch, self.target_key)
+        targets = targets[:, None] if targets.ndim == 1 else targets
+        if not targets.is_floating_point() or targets.ndim != 2 or len(targets) != len(features):
+            raise ValueError(
+                f"{self.state_key} needs floating targets (N,) or (N, n) for features {tuple(features.shape)}, got "
+                f"{tuple(targets.shape)} {targets.dtype}: set target_key, or take NeuralCollapseMonitor for classes."
+            )
+        return targets.to(features.device)

@@ -1,0 +1,349 @@
+import os
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+from lightning.fabric.utilities.cloud_io import get_filesystem
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_feat.callbacks.data_plan import DataPlan
+from lightning_feat.callbacks.simplicity_bias.loss_knee import LossKnee
+from lightning_feat.callbacks.simplicity_bias.slow_loss import SlowLossTerm
+from lightning_feat.callbacks.simplicity_bias.slow_pass import (
+    Choose,
+    Criterion,
+    Outputs,
+    SlowPass,
+    warn_of_augmentation,
+)
+from lightning_feat.data.plan import Length
+from lightning_feat.data.selection import Selection
+from lightning_feat.joints.data.passes import Forward, clean_loader
+from lightning_feat.joints.data.restart import (
+    Beginning,
+    begin_again,
+    refuse_averaging_within,
+    run_fit_as_before,
+    run_fit_by,
+    states_of_callbacks,
+)
+from lightning_feat.joints.data.train_loader import one_train_loader
+from lightning_feat.joints.features.batches import TargetKey, class_indices, targets_of
+from lightning_feat.joints.loss.engine import add_loss_term, remove_loss_term
+
+_CLEAN = "clean_train_dataloader"  # looked for where no other name is given
+
+
+class SimplicityBiasUpsampler(DataPlan):
+    """Find the training examples that the network learns late, and show them more often: USEFUL (Nguyen et al.,
+    NeurIPS 2024), the whole method in one ``trainer.fit``.
+
+    1. The network trains on the data as they are, up to the separating epoch. 2. In eval mode it looks at each training
+    example once, without augmentation; the outputs of each class are cut in two clusters, and the one with the higher
+    mean loss is slow (``slow_examples``). 3. Training starts again from the initial weights, with
+    fresh optimizers, schedules, averages, states of callbacks and all its epochs, on data in which each slow example
+    comes ``factor`` times; or it goes on with these data.
+
+    From the second start on, the run is bit for bit that of the same initial weights with ``DataPlan`` and
+    ``seed_everything(seed)`` before it. All processes take the same examples; a run that is cut off, before, during or
+    after the choice, resumes where it was, for which a checkpoint of the first part also holds the initial weights. The
+    step that loggers show goes on over both parts. Where there is a logger, the selection is written to
+    ``selection.pt`` beside its files, and its size logged as ``simplicity_bias/slow_share``.
+
+    Args:
+        separating_epoch: when to choose: a share of ``max_epochs``, at least one epoch; a number of epochs; or
+            ``"knee"``, the epoch from which the loss on the training batches falls more slowly
+            (``functional.simplicity_bias``); of an epoch that is resumed in its middle, the batches since then.
+        factor: how often a slow example is shown; the paper finds 2 best.
+        restart: start again (the paper), or go on from the separating epoch.
+        choose: ``"clusters"``; or, for comparison, as many of each class by the highest ``"loss"`` or at ``"random"``,
+            or what is ``"misclassified"``.
+        show: slow examples as ``"copies"``, or their loss times ``factor`` (``"weights"``), for comparison.
+        outputs: what is clustered: ``"logits"``, ``"probabilities"``, or the ``"features"`` that the classifier gets.
+        layer: dotted name of the classifier, whose output are the logits; None finds it.
+        criterion: gives the loss of each example, ``criterion(logits, targets)`` to ``(N,)``; None is cross entropy.
+        clean: name of the method of the datamodule or the module that returns a loader of the same examples without
+            augmentation, in the same order. None takes ``clean_train_dataloader`` if there is one, and else the
+            training data as they come.
+        selection: path of a selection that another run has written: used from the first epoch, without a first part.
+        length: ``"grow"`` lengthens the epochs, ``"keep"`` takes the counts as weights, see ``data.PlanSampler``.
+        half: keep the outputs in float16 while they are collected: half the memory, for logits off by up to 0.05 %.
+        seed: of the orders, of clustering, and of all random numbers at the second start.
+        loader: which of several training loaders, see ``DataPlan``.
+        target_key: where a batch keeps class indices, see ``joints.features.batches``.
+        forward: ``forward(module, batch)`` that runs the network; None calls ``module(batch[0])`` for a tuple or list,
+            else ``module(batch)``.
+
+    Attributes:
+        selection: the ``data.Selection``; None before.
+
+    Cost: the epochs of the first part, one pass without gradient, and clustering. The first process holds ``4 N F``
+    bytes of outputs in the memory of the host.
+    """
+
+    def __init__(
+        self,
+        separating_epoch: float | int | Literal["knee"] = 0.05,
+        factor: int = 2,
+        restart: bool = True,
+        choose: Choose = "clusters",
+        show: Literal["copies", "weights"] = "copies",
+        outputs: Outputs = "logits",
+        layer: str | None = None,
+        criterion: Criterion | None = None,
+        clean: str | None = None,
+        selection: str | None = None,
+        length: Length = "grow",
+        half: bool = False,
+        seed: int = 0,
+        loader: str | int | None = None,
+        target_key: TargetKey = None,
+        forward: Forward | None = None,
+    ) -> None:
+        if isinstance(separating_epoch, float) and separating_epoch >= 1 and separating_epoch.is_integer():
+            separating_epoch = int(separating_epoch)  # from YAML a whole number may come as 8.0
+        if isinstance(separating_epoch, str):
+            fits = separating_epoch == "knee"
+        else:
+            fits = separating_epoch >= 1 if isinstance(separating_epoch, int) else 0 < separating_epoch < 1
+        if not fits:
+            raise ValueError(
+                f"separating_epoch={separating_epoch!r}: give a share of the epochs between 0 and 1, a whole number of "
+                "epochs, or 'knee'."
+            )
+        for name, value, known in (("choose", choose, Choose), ("outputs", outputs, Outputs)):
+            if value not in get_args(known):
+                raise ValueError(f"{name}={value!r}: choose one of {', '.join(get_args(known))}.")
+        if show not in ("copies", "weights") or (show == "weights" and loader is not None):
+            raise ValueError(f"{show=}, {loader=}: choose 'copies' or, with one training loader, 'weights'.")
+        if factor < 2:
+            raise ValueError(f"factor={factor} must be at least 2: how often a slow example is shown.")
+        super().__init__(self._counts_in, length, seed, loader)
+        self.separating_epoch, self.factor, self.restart, self.show = separating_epoch, factor, restart, show
+        self.clean, self.criterion, self.target_key, self.path = clean, criterion, target_key, selection
+        self.look = SlowPass(layer, outputs, choose, criterion, target_key, forward, half)
+        self.term = SlowLossTerm(layer, factor, criterion, target_key) if show == "weights" else None
+        self.selection: Selection | None = None
+        self._stage: Literal["searching", "found", "using"] = "searching"
+        self.knee = LossKnee(self.look.logits, criterion, target_key)
+        self._beginning: Beginning | None = None
+        self._first_weights: dict[str, Tensor] | None = None  # where a checkpoint brings them
+        self._first_states: dict[str, Any] | None = None
+        self._until, self._folder = 0, ""
+
+    @property
+    def state_key(self) -> str:
+        return f"SimplicityBiasUpsampler[{'train' if self.loader is None else self.loader}]"
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit" and trainer.global_step == 0:
+            self.selection, self._stage, self.knee.losses = None, "searching", []
+            self._beginning = self._first_weights = self._first_states = None
+            if self.path is not None:
+                self.selection, self._stage = Selection.load(self.path), "using"
+        super().setup(trainer, pl_module, stage)
+        if stage != "fit":
+            return
+        logs = trainer.loggers and not getattr(trainer, "fast_dev_run", False)
+        self._folder = str(trainer.log_dir or trainer.default_root_dir) if logs else ""
+        if self.restart and type(trainer.strategy).__name__ in ("ModelParallelStrategy", "FSDPStrategy"):
+            raise ValueError(f"{self.state_key}: sharded parameters cannot start again; set restart=False.")
+        if self.term is not None:
+            self.term.use(self.selection if self._stage == "using" else None)
+            add_loss_term(pl_module, self.term)
+        run_fit_by(trainer, self._fit(trainer, pl_module))
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
+        self._first_states = states_of_callbacks(trainer)  # those of the checkpoint come after this
+        if self.restart and self._stage == "searching" and self.state_key not in checkpoint.get("callbacks", {}):
+            raise ValueError(
+                f"the checkpoint was written without {self.state_key}, which cannot tell the weights it began with: "
+                "set restart=False, give it a selection, or begin from the start."
+            )
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.look.attach(pl_module)
+        if self._stage == "using":
+            return
+        epochs = trainer.max_epochs or 0
+        if isinstance(self.separating_epoch, int):
+            self._until = self.separating_epoch
+        elif epochs < 1:
+            raise ValueError(
+                f"separating_epoch={self.separating_epoch!r} needs max_epochs: set it, or give a number of epochs."
+            )
+        elif isinstance(self.separating_epoch, float):
+            self._until = max(1, round(self.separating_epoch * epochs))
+        else:
+            self._until = 0
+        if 0 < epochs < self._until + (not self.restart) and not getattr(trainer, "fast_dev_run", False):
+            raise ValueError(
+                f"separating_epoch={self.separating_epoch!r} is epoch {self._until} of max_epochs={epochs}: choose an "
+                "earlier one."
+            )
+        if self.restart:
+            refuse_averaging_within(trainer, self._until, self.state_key)
+            self._beginning = Beginning(trainer, pl_module, self._first_weights, self._first_states)
+            self._beginning.callbacks.pop(self.state_key, None)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._resume = None
+        loader = one_train_loader(trainer, self.loader)
+        size = len(loader.dataset)
+        if self.selection is not None:
+            if len(self.selection.slow) != size:
+                raise ValueError(
+                    f"the selection is of {len(self.selection.slow)} examples, but the training data have {size}: "
+                    "choose anew, or give the data it was made for."
+                )
+        else:
+            clean = self._clean(trainer, pl_module)  # what is wrong with the data is said now
+            if trainer.is_global_zero:
+                warn_of_augmentation(clean, self.state_key)
+            # Lightning does not end an epoch again that was cut off after its last batch.
+            if 0 < self._until <= trainer.current_epoch:
+                self._select(trainer, pl_module, trainer.current_epoch)
+        super().on_train_start(trainer, pl_module)
+        self.knee.begin_epoch(pl_module.device)  # an epoch resumed in its middle does not start
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.knee.begin_epoch(pl_module.device)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 0 and self._stage == "searching":  # what is wrong with the targets is said now
+            targets = targets_of(batch, self.target_key)
+            class_indices(targets, targets.numel(), "the targets")
+        if self._seeks_knee:
+            self.knee.listen()
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        self.knee.hold()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._seeks_knee:
+            self.knee.take(batch)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.selection is not None:
+            share = self.selection.slow.float().mean().to(pl_module.device)
+            pl_module.log("simplicity_bias/slow_share", share, sync_dist=True)
+        if self._stage == "searching" and self._is_time(trainer):
+            self._select(trainer, pl_module, trainer.current_epoch + 1)
+            if self.restart:
+                return
+        super().on_train_epoch_end(trainer, pl_module)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().teardown(trainer, pl_module, stage)
+        self._leave(trainer, pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        super().on_exception(trainer, pl_module, exception)
+        self._leave(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        first = self._beginning.weights if self._beginning is not None and self._stage != "using" else None
+        return {
+            "stage": self._stage,
+            "losses": list(self.knee.losses),
+            "selection": None if self.selection is None else self.selection.state_dict(),
+            "first_weights": first,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self.path is not None:
+            return  # the selection given counts
+        self._stage, self.knee.losses = state_dict["stage"], list(state_dict["losses"])
+        found = state_dict["selection"]
+        self.selection = None if found is None else Selection.from_state_dict(found)
+        self._first_weights = state_dict["first_weights"]
+        if self.term is not None:
+            self.term.use(self.selection if self._stage == "using" else None)
+
+    @property
+    def _seeks_knee(self) -> bool:
+        return self.separating_epoch == "knee" and self._stage == "searching"
+
+    def _counts_in(self, epoch: int) -> Tensor | None:
+        """The plan of an epoch."""
+        if self.selection is None or self.term is not None or self._stage != "using":
+            return None
+        begins = 0 if self.restart or self.path is not None else self.selection.epoch
+        return self.selection.counts() if epoch >= begins else None
+
+    def _fit(self, trainer: Trainer, module: LightningModule) -> Callable[[Callable[[], None]], None]:
+        def run(loop: Callable[[], None]) -> None:
+            limits = trainer.fit_loop.min_epochs, trainer.fit_loop.epoch_loop.min_steps
+            if self._stage != "found":  # a checkpoint may have been written between the two parts
+                loop()
+                trainer.fit_loop.min_epochs, trainer.fit_loop.epoch_loop.min_steps = limits
+            if self._stage == "found" and self._beginning is not None:
+                self._use()
+                begin_again(trainer, module, self._beginning, self.seed)
+                self._beginning = self._resume = None
+                loop()
+            elif self._stage == "searching":
+                rank_zero_warn(f"{self.state_key}: training ended before the separating epoch; no example was chosen.")
+
+        return run
+
+    def _is_time(self, trainer: Trainer) -> bool:
+        if not self._seeks_knee:
+            return trainer.current_epoch + 1 >= self._until
+        return self.knee.reached(trainer)
+
+    def _select(self, trainer: Trainer, module: LightningModule, epochs: int) -> None:
+        size = len(one_train_loader(trainer, self.loader).dataset)
+        clean = self._clean(trainer, module)
+        self.selection = self.look.choose_slow(trainer, module, clean, size, epochs, self.factor, self.seed)
+        share = self.selection.slow.float().mean()
+        rank_zero_info(
+            f"{self.state_key}: {share:.0%} of {size} training examples are slow after {self.selection.epoch} epochs."
+        )
+        self._stage = "found"
+        if self.restart:  # the fit loop ends, whatever min_epochs and min_steps say, and begins again in `_fit`
+            trainer.should_stop, trainer.fit_loop.min_epochs, trainer.fit_loop.epoch_loop.min_steps = True, 0, None
+        else:
+            self._use()
+        if trainer.is_global_zero and self._folder:
+            path = os.path.join(self._folder, "selection.pt")
+            try:
+                get_filesystem(path).makedirs(self._folder, exist_ok=True)
+                self.selection.save(path)
+            except OSError as error:
+                rank_zero_warn(f"{self.state_key} could not write {path}: {error}. The checkpoint holds it too.")
+
+    def _use(self) -> None:
+        self._stage = "using"
+        if self.term is not None:
+            self.term.use(self.selection)
+
+    def _clean(self, trainer: Trainer, module: LightningModule) -> DataLoader[Any]:
+        """This process's share of the training examples, as they are."""
+        trained = one_train_loader(trainer, self.loader)
+        name = self.clean or _CLEAN
+        datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
+        found = next((owner for owner in (datamodule, module) if callable(getattr(owner, name, None))), None)
+        if found is None and self.clean is not None:
+            raise ValueError(f"clean={name!r}: neither the datamodule nor the module has a method of that name.")
+        loader = trained if found is None else getattr(found, name)()
+        if len(loader.dataset) != len(trained.dataset):
+            raise ValueError(
+                f"{name} gives {len(loader.dataset)} examples, but the training data have {len(trained.dataset)}: give "
+                "the same examples in the same order."
+            )
+        return clean_loader(trainer, loader, "training")
+
+    def _leave(self, trainer: Trainer, module: LightningModule) -> None:
+        self.look.remove()
+        run_fit_as_before(trainer)
+        if self.term is not None:
+            remove_loss_term(module, self.term)

@@ -1,0 +1,5 @@
+"""How well features serve for other tasks."""
+
+from lightning_feat.callbacks.transfer.linear_probe import LinearProbe
+
+__all__ = ["LinearProbe"]

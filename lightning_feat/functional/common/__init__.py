@@ -1,0 +1,1 @@
+"""What the families share: class statistics, lengths, and checks of shapes."""

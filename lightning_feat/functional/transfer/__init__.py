@@ -1,0 +1,39 @@
+"""How well features serve for other tasks."""
+
+from lightning_feat.functional.transfer.class_separation import (
+    PairAngleSums,
+    add_direction_sums_,
+    class_separation_r2,
+    direction_sums,
+    pair_angle_sums,
+    sample_of_each_class,
+    within_class_variability,
+)
+from lightning_feat.functional.transfer.few_shot import FewShotError, few_shot_error, few_shot_error_bound
+from lightning_feat.functional.transfer.probe import (
+    LinearProbeResult,
+    LogisticRegression,
+    Scaling,
+    fit_logistic_regression,
+    hold_out,
+    linear_probe,
+)
+
+__all__ = [
+    "FewShotError",
+    "LinearProbeResult",
+    "LogisticRegression",
+    "PairAngleSums",
+    "Scaling",
+    "add_direction_sums_",
+    "class_separation_r2",
+    "direction_sums",
+    "few_shot_error",
+    "few_shot_error_bound",
+    "fit_logistic_regression",
+    "hold_out",
+    "linear_probe",
+    "pair_angle_sums",
+    "sample_of_each_class",
+    "within_class_variability",
+]

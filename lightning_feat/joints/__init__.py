@@ -1,0 +1,1 @@
+"""What meets Lightning and a user's module: the only files that know how either works."""

@@ -1,0 +1,1 @@
+"""Find the towers of a CLIP-like model, and change what passes through them."""

@@ -1,0 +1,1 @@
+"""Run the network over a data set, change the training loader, begin again."""

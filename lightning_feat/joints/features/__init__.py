@@ -1,0 +1,1 @@
+"""Read what layers put out, and the targets that belong to it."""

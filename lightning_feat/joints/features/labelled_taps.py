@@ -1,0 +1,129 @@
+"""Features of several layers together with the targets that belong to them, and the logits of the classifier."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_feat.joints.features.batches import TargetKey, class_indices, targets_of
+from lightning_feat.joints.features.heads import find_classifier
+from lightning_feat.joints.features.taps import FeatureTap, Pooling, Read, TapError, find_layer
+
+
+class Heard(NamedTuple):
+    """What one batch gave."""
+
+    labelled: dict[str, tuple[Tensor, Tensor]]  # by label of the layer: features (N, D), and targets (N,) or (N, C)
+    logits: Tensor | None  # (N, C) what the classifier put out, for layers that feed it
+
+
+class LabelledTaps:
+    """Taps on some layers and on the classifier, and the targets of the batch.
+
+    Args:
+        layers: dotted names; None for the input of the classifier.
+        read: the ``"output"`` or the ``"input"`` of the layers.
+        pooling: see ``joints.features.taps.pool``.
+        classifier: dotted name of the classifier where it cannot be found.
+        target_key: where a batch keeps its targets, see ``joints.features.batches``.
+        ignore_index: samples with this target are left out.
+
+    Attributes:
+        head: name and layer of the classifier, once attached; None where there is none to be found.
+        feeds: for each layer, whether its features are what the classifier gets; known after the first batch.
+    """
+
+    def __init__(
+        self,
+        layers: list[str | None],
+        read: Read | None,
+        pooling: Pooling | None,
+        classifier: str | None,
+        target_key: TargetKey,
+        ignore_index: int,
+    ) -> None:
+        self.taps = [FeatureTap(name, read, pooling) for name in layers]
+        self.labels = [tap.label for tap in self.taps]
+        self.classifier = classifier
+        self.target_key, self.ignore_index = target_key, ignore_index
+        self.head: tuple[str, nn.Module] | None = None
+        self.feeds: dict[str, bool] = {}
+        self._head_taps: list[FeatureTap] = []  # its input and its output
+
+    def attach(self, module: nn.Module) -> None:
+        """Hook the layers of ``module``. Raises ``ValueError`` where one cannot be found."""
+        self.remove()
+        self.head = self._find_head(module)
+        if self.head is not None:
+            pooling = self.taps[0].pooling if self.taps[0].pooling == "tokens" else None  # it classifies each token
+            self._head_taps = [FeatureTap(self.head[0], read, pooling) for read in ("input", "output")]
+        for tap in [*self.taps, *self._head_taps]:
+            tap.attach(module)
+
+    def listen(self) -> None:
+        """Begin to hear."""
+        for tap in [*self.taps, *self._head_taps]:
+            tap.listen()
+
+    def hold(self) -> None:
+        """Stop hearing, keep what was heard."""
+        for tap in [*self.taps, *self._head_taps]:
+            tap.hold()
+
+    def take(self, batch: Any) -> Heard:
+        """What was heard, with the targets of ``batch``; samples to be ignored are left out.
+
+        Raises:
+            TapError: if a layer did not run.
+            ValueError: if there are no targets, or they do not fit the features.
+        """
+        features = [tap.take() for tap in self.taps]
+        inputs, logits = self._take_head()
+        targets = targets_of(batch, self.target_key)
+        soft = targets.ndim == 2 and targets.is_floating_point()
+        labelled, kept_logits = {}, None
+        for label, tap, h in zip(self.labels, self.taps, features, strict=True):
+            if label not in self.feeds:
+                # As they are, NaN included: else one bad sample decides, and on one process otherwise than on another.
+                alike = inputs is not None and torch.equal(inputs.nan_to_num(), h.nan_to_num())
+                self.feeds[label] = alike
+            where = f"the targets for layer {label}"
+            t = targets if soft else class_indices(targets, len(h), where, views=tap.pooling != "tokens")
+            keep = None if soft or bool((t != self.ignore_index).all()) else t != self.ignore_index
+            labelled[label] = (h, t) if keep is None else (h[keep], t[keep])
+            if self.feeds[label] and logits is not None:
+                kept_logits = logits if keep is None else logits[keep]
+        return Heard(labelled, kept_logits)
+
+    def remove(self) -> None:
+        """Take the hooks away. What is known of the classifier is forgotten."""
+        for tap in [*self.taps, *self._head_taps]:
+            tap.remove()
+        self.head, self._head_taps, self.feeds = None, [], {}
+
+    def count_classes(self, module: nn.Module) -> int:
+        """The number of classes that the classifier tells apart. Raises ``ValueError`` where it cannot be seen."""
+        for name in ("out_features", "num_classes"):
+            out = getattr(self.head[1], name, None) if self.head is not None else None
+            if isinstance(out, int):
+                return out
+        raise ValueError(
+            f"{type(module).__name__} has no classifier that shows the number of classes: set num_classes."
+        )
+
+    def _take_head(self) -> tuple[Tensor | None, Tensor | None]:
+        try:
+            inputs, logits = (tap.take() for tap in self._head_taps)
+        except (TapError, ValueError):  # it has none, it did not run, or it works on maps
+            return None, None
+        return inputs, logits
+
+    def _find_head(self, module: nn.Module) -> tuple[str, nn.Module] | None:
+        if self.classifier is not None:
+            return self.classifier, find_layer(module, self.classifier)
+        try:
+            return find_classifier(module)
+        except ValueError:
+            if any(tap.layer is None for tap in self.taps):
+                raise
+            return None

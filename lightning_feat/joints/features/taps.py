@@ -1,0 +1,227 @@
+"""Read what a layer put out, in any LightningModule; every callback gets its features and targets here.
+
+A tap hears only while it listens: callbacks listen from the start of a batch to the first ``on_before_backward``, so
+that validation stays out, no graph outlives its batch, and a forward that runs again (the second closure of SAM, a
+block recomputed in backward) is not heard twice.
+"""
+
+import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_feat.joints.features.heads import find_classifier, forget_compiled_code
+
+Pooling: TypeAlias = Literal["mean", "max", "first", "flatten", "tokens", "channels_last_mean"]
+Read: TypeAlias = Literal["input", "output"]
+
+
+class TapError(RuntimeError):
+    """A tapped layer did not run, or put out something that is not features."""
+
+
+class FeatureTap:
+    """Hear the features of one layer.
+
+    Args:
+        layer: dotted name of a submodule; None means the input of the classifier (see ``find_classifier``), for timm
+            models the penultimate features.
+        read: the ``"output"`` of the layer (default), or its first ``"input"`` (default where ``layer`` is None).
+        pooling: how features that are not ``(N, D)`` become so, see ``pool``. None refuses them.
+        keep_graph: keep the features differentiable (for a loss term) instead of detaching them (for a monitor).
+    """
+
+    def __init__(
+        self,
+        layer: str | None = None,
+        read: Read | None = None,
+        pooling: Pooling | None = None,
+        keep_graph: bool = False,
+    ) -> None:
+        if read not in (None, "input", "output"):
+            raise ValueError(f"read={read!r}: choose 'input' or 'output' of the layer.")
+        if pooling is not None and pooling not in _POOLINGS:
+            raise ValueError(f"pooling={pooling!r}: choose one of {', '.join(_POOLINGS)}, or None for features (N, D).")
+        self.layer = layer
+        self.read: Read = read or ("input" if layer is None else "output")
+        self.pooling = pooling
+        self.keep_graph = keep_graph
+        self._ear: Ear | None = None
+        self._handle: RemovableHandle | None = None
+
+    @property
+    def label(self) -> str:
+        """The name that logged values carry: the layer's, with ``.input`` where that is read; of a classifier without
+        a name ``penultimate``, or ``logits`` for its output.
+        """
+        if self.layer is None:
+            return "penultimate" if self.read == "input" else "logits"
+        return self.layer if self.read == "output" else f"{self.layer}.input"
+
+    def attach(self, module: nn.Module) -> None:
+        """Hook the layer of ``module``; an earlier hook is removed. Raises ``ValueError`` if there is no such layer."""
+        self.remove()
+        layer = self.find(module)
+        self._ear = Ear(self.keep_graph)
+        if self.read == "input":
+            self._handle = layer.register_forward_pre_hook(self._ear.hear_input, with_kwargs=True)
+        else:
+            self._handle = layer.register_forward_hook(self._ear.hear_output)
+        forget_compiled_code(module)
+
+    def find(self, module: nn.Module) -> nn.Module:
+        """The layer of ``module``. Raises ``ValueError`` if there is no such layer."""
+        return find_classifier(module)[1] if self.layer is None else find_layer(module, self.layer)
+
+    def listen(self) -> None:
+        """Begin to hear; what was heard before is dropped."""
+        ear = self._attached()
+        ear.heard.clear()
+        ear.listening = True
+
+    def hold(self) -> None:
+        """Stop hearing, keep what was heard. Without effect if the tap does not listen."""
+        if self._ear is not None:
+            self._ear.listening = False
+
+    def take(self) -> Tensor:
+        """Stop hearing and give the features ``(N, D)``; those of several forwards are concatenated in their order.
+
+        Raises:
+            TapError: if the layer did not run since ``listen``, or gave no tensor.
+            ValueError: if the shape needs a pooling that was not chosen.
+        """
+        ear = self._attached()
+        ear.listening = False
+        heard, ear.heard = ear.heard, []
+        if not heard:
+            raise TapError(
+                f"the layer {self.layer or '(classifier)'} did not run in this batch, so there are no features. Is its "
+                "weight used functionally (F.linear(x, layer.weight)), or is it skipped in this step? Name a layer "
+                "that is called."
+            )
+        for entry in heard:
+            if not isinstance(entry, Tensor):
+                raise TapError(
+                    f"the {self.read} of layer {self.layer or '(classifier)'} is a {type(entry).__name__}, not a "
+                    "tensor: name a layer that gives a tensor, or read='input' of the layer that follows."
+                )
+        return torch.cat([pool(entry, self.pooling, where=f"layer {self.label}") for entry in heard])
+
+    def drop(self) -> None:
+        """Stop hearing and forget what was heard."""
+        if self._ear is not None:
+            self._ear.listening = False
+            self._ear.heard.clear()
+
+    def remove(self) -> None:
+        """Take the hook away. Without effect if there is none."""
+        if self._handle is not None:
+            self._handle.remove()
+        self._handle = self._ear = None
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Listen inside the block; afterwards nothing is kept that was not taken."""
+        self.listen()
+        try:
+            yield
+        finally:
+            self.drop()
+
+    def _attached(self) -> "Ear":
+        if self._ear is None:
+            raise RuntimeError("the tap is not attached to a module: call attach(module) first.")
+        return self._ear
+
+
+class Ear:
+    """The hook: an object reachable from the layer, so that a copy of the module gets an ear, and a memory, of its
+    own.
+    """
+
+    def __init__(self, keep_graph: bool) -> None:
+        self.keep_graph = keep_graph
+        self.listening = False
+        self.heard: list[Any] = []
+
+    def hear_input(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.listening:
+            self._store(args[0] if args else next(iter(kwargs.values()), None))
+
+    def hear_output(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self.listening:
+            self._store(output)
+
+    def _store(self, value: Any) -> None:
+        if self.keep_graph and not torch.is_grad_enabled():
+            return  # a pass for a target or a teacher: a loss on it would have no gradient, and thin out the others
+        self.heard.append(value.detach() if isinstance(value, Tensor) and not self.keep_graph else value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"keep_graph": self.keep_graph, "listening": False, "heard": []}
+
+
+def find_layer(module: nn.Module, name: str) -> nn.Module:
+    """The submodule with this dotted name, through ``torch.compile`` wrappers too.
+
+    Raises:
+        ValueError: if there is none; the message names the nearest ones.
+    """
+    try:
+        return module.get_submodule(name)
+    except AttributeError:
+        names = [known.replace("_orig_mod.", "") for known, _ in module.named_modules() if known]
+        nearest = _nearest(name, names)
+        raise ValueError(
+            f"{type(module).__name__} has no layer {name!r}. "
+            + (f"Nearest: {', '.join(nearest)}." if nearest else f"It has: {', '.join(names[:8])}.")
+        ) from None
+
+
+def _nearest(name: str, names: list[str], most: int = 4) -> list[str]:
+    same_end = [known for known in names if known.endswith(f".{name}")]
+    similar = difflib.get_close_matches(name, names, n=most, cutoff=0.5)
+    return list(dict.fromkeys([*same_end, *similar]))[:most]
+
+
+def pool(features: Tensor, pooling: Pooling | None, where: str = "the layer") -> Tensor:
+    """Features of any usual shape as ``(N, D)``.
+
+    ``(N, D)`` stays, and so does ``(N, C, 1, 1)`` but for its last two axes. Otherwise, of ``(N, T, D)`` tokens or
+    ``(N, C, H, W)`` maps: ``mean`` or ``max`` over tokens or positions; ``first`` token; ``flatten`` all of a sample
+    into one vector; ``tokens``: each token or position becomes a sample of its own, in order, ``(N * T, D)``;
+    ``channels_last_mean`` for maps ``(N, H, W, C)``.
+
+    Raises:
+        ValueError: if a pooling is needed and none is given, or the one given does not fit the shape.
+    """
+    if features.ndim == 2:
+        return features
+    if features.ndim == 4 and features.shape[2:] == (1, 1):
+        return features.flatten(1)
+    if pooling is None or features.ndim not in (3, 4) or (pooling == "first") > (features.ndim == 3):
+        fitting = {
+            3: "'mean', 'max', 'first', 'flatten' or 'tokens'",
+            4: "'mean', 'max', 'flatten', 'tokens' or 'channels_last_mean'",
+        }
+        raise ValueError(
+            f"{where} gives features of shape {tuple(features.shape)} with pooling={pooling!r}, but (N, D) is needed: "
+            + (f"set pooling to {fitting[features.ndim]}." if features.ndim in fitting else "name another layer.")
+        )
+    if pooling == "flatten":
+        return features.flatten(1)
+    if pooling == "first":
+        return features[:, 0]
+    samples_first = features.ndim == 3 or pooling == "channels_last_mean"
+    tokens_NTD = features.flatten(1, -2) if samples_first else features.flatten(2).transpose(1, 2)
+    if pooling == "tokens":
+        return tokens_NTD.flatten(0, 1)
+    return tokens_NTD.amax(1) if pooling == "max" else tokens_NTD.mean(1)
+
+
+_POOLINGS = ("mean", "max", "first", "flatten", "tokens", "channels_last_mean")

@@ -1,0 +1,1 @@
+"""Add terms to the loss of any training step."""

@@ -1,0 +1,1 @@
+"""Change a user's module, and put it back."""

@@ -1,0 +1,66 @@
+"""Features of some layers beside those of their reference."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from lightning_feat.joints.features.batches import TargetKey, targets_of
+from lightning_feat.joints.features.taps import FeatureTap, Pooling, Read
+from lightning_feat.joints.reference.frozen_start import FrozenStart
+
+
+class Reference(Protocol):
+    """Gives features to compare those of this step with."""
+
+    labels: list[str]
+
+    def features(self, module: LightningModule, batch: Any) -> dict[str, Tensor]:
+        """By label of the layer, what it would put out for ``batch``; without gradient."""
+
+
+class Compared(NamedTuple):
+    """Features of a layer and those of the reference, of the same tokens."""
+
+    features: Tensor  # (R, D)
+    reference: Tensor  # (R, D)
+    mask: Tensor | None = None  # (R,) which of them count, None for all
+
+
+class Comparison:
+    """Taps on some layers, and a reference to compare them with.
+
+    Args:
+        layers: dotted names; None for the input of the classifier.
+        reference: gives the features of the same layers.
+        read: the ``"output"`` or the ``"input"`` of the layers.
+        pooling: see ``joints.features.taps.pool``; that of the reference.
+        mask_key: where a batch keeps which tokens count, bool or 0 and 1, ``(N, T)``: see ``joints.features.batches``.
+        keep_graph: keep the features differentiable, and hear only passes with gradient.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[str | None],
+        reference: Reference,
+        read: Read | None,
+        pooling: Pooling | None,
+        mask_key: TargetKey,
+        keep_graph: bool,
+    ) -> None:
+        self.taps = [FeatureTap(layer, read, pooling, keep_graph) for layer in layers]
+        self.labels = [tap.label for tap in self.taps]
+        self.reference, self.mask_key = reference, mask_key
+
+    @property
+    def all_taps(self) -> list[FeatureTap]:
+        """What must listen in a step, and be attached before."""
+        return [*self.taps, *([self.reference.calls] if isinstance(self.reference, FrozenStart) else [])]
+
+    def take(self, module: LightningModule, batch: Any) -> dict[str, Compared]:
+        """What the taps have heard of this batch, beside its reference."""
+        heard = {tap.label: tap.take() for tap in self.taps}
+        reference = self.reference.features(module, batch)
+        mask = None if self.mask_key is None else targets_of(batch, self.mask_key).bool().flatten()
+        return {label: Compared(features, reference[label], mask) for label, features in heard.items()}

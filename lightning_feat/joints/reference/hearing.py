@@ -1,0 +1,61 @@
+"""Taps that a reference needs, and how to run a network so that no other tap hears it."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from torch import nn
+
+from lightning_feat.joints.features.taps import Ear, FeatureTap
+
+
+class AskedTap(FeatureTap):
+    """Says whether it has heard."""
+
+    @property
+    def has_heard(self) -> bool:
+        return self._ear is not None and bool(self._ear.heard)
+
+
+class DeafTap(FeatureTap):
+    """Stands among the taps of a loss term and hears nothing: by it a reference is there in time for the optimizer."""
+
+    def __init__(self, brought: Any) -> None:
+        super().__init__(layer="")
+        self.brought = brought
+
+    def attach(self, module: nn.Module) -> None:
+        self.brought.attach(module)
+
+    def listen(self) -> None:
+        pass
+
+    def remove(self) -> None:
+        self.brought.remove()
+
+
+@contextmanager
+def silence(module: nn.Module) -> Iterator[None]:
+    """Inside, no tap of anybody on ``module`` hears anything that was listening before."""
+    ears = {id(ear): ear for part in module.modules() for ear in _ears_on(part) if ear.listening}
+    for ear in ears.values():
+        ear.listening = False
+    try:
+        yield
+    finally:
+        for ear in ears.values():
+            ear.listening = True
+
+
+def _ears_on(part: nn.Module) -> Iterator[Ear]:
+    for hook in [*part._forward_hooks.values(), *part._forward_pre_hooks.values()]:
+        ear = getattr(hook, "__self__", None)
+        if isinstance(ear, Ear):
+            yield ear
+
+
+def precision_of(module: LightningModule) -> AbstractContextManager[Any]:
+    """The precision that the module's training step runs in."""
+    trainer = module._trainer  # None where the step is called by hand
+    return nullcontext() if trainer is None else trainer.precision_plugin.forward_context()

@@ -1,0 +1,1 @@
+"""How callbacks behave in a run: one of a kind, and no run lost for a picture."""

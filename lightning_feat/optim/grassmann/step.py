@@ -1,0 +1,267 @@
+r"""Let any optimizer train class subspaces: it steps as it likes, and its step is turned into one along the manifold.
+
+A hook before the step copies each basis, a hook after it moves the basis from there along the geodesic, so that
+schedulers, clipping, gradient scaling, accumulation and the optimizer's state dict stay as they are. There are three
+rules:
+
+* ``displacement``: the geodesic follows the displacement that the optimizer made. With ``torch.optim.SGD`` this is
+  the Riemannian SGD of the paper (Wang, Li, Zhang, ICCV 2023, arXiv 2308.01547), whose momentum buffer is Euclidean and
+  projected at the step.
+* ``momentum``: the geodesic follows a momentum SGD of our own, and what the optimizer made of the basis is dropped. It
+  is what the paper does beside AdamW and LAMB: an elementwise second moment is not invariant to the choice of basis,
+  and turns every subspace by about the learning rate whatever the gradient.
+* ``adam``: likewise, with one second moment for each class, which is invariant; see ``optim.grassmann.rules``.
+
+No weight decay acts on a subspace. Decoupled decay moves a basis inside its own subspace, which is no move; coupled
+decay would enter the buffers, so the optimizers of torch, and those made from them, are handed the gradient minus the
+decay that they will add. A learned scale of the head is a weight like others, and decays.
+"""
+
+import weakref
+from collections.abc import Sequence
+from typing import Any, Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_feat.functional.grassmann import geodesic_
+from lightning_feat.layers.grassmann import GrassmannLinear, local_part
+from lightning_feat.optim.grassmann.rules import move_by_adam, move_by_momentum
+
+_Held: TypeAlias = tuple[nn.Parameter, dict[str, Any]]  # a basis, and the group that trains it
+Update: TypeAlias = Literal["auto", "displacement", "momentum", "adam"]
+
+_BUFFER, _SQUARES, _STEPS, _COUNT = "subspace_momentum", "subspace_squares", "subspace_steps", "subspace_count"
+_PEAK = "subspace_peak"
+_STEPS_OF = "_feat_subspace_steps"  # on an optimizer: who follows it; not pickled or copied with it, like its hooks
+_REPAIR_EVERY = 8  # steps; between repairs rounding leaves float32 bases orthonormal to 2e-6
+_COUPLED = ("SGD", "Adam", "NAdam", "RAdam", "Adamax", "Adagrad", "Adadelta", "ASGD", "RMSprop", "RMSpropTF")
+# Their state holds weights, not gradients, or they evaluate the loss inside the step, at points that are off the
+# manifold.
+_CANNOT_FOLLOW = ("LBFGS", "Lookahead", "ScheduleFree")
+
+
+class SubspaceStep:
+    """The hooks on one optimizer. Made by ``follow_subspaces``.
+
+    Attributes:
+        steps: optimizer steps that were followed so far.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        heads: Sequence[GrassmannLinear],
+        update: Update,
+        lr_factor: float,
+        lr: float,
+        momentum: float,
+        second_momentum: float,
+    ) -> None:
+        self.optimizer = optimizer
+        self.lr_factor, self.lr = lr_factor, lr
+        self.momentum, self.second_momentum = momentum, second_momentum
+        self.update = _choose(update, optimizer)
+        self.steps = 0
+        self._heads = list(heads)  # and not their parameters: a move or a sharding may replace these
+        self._start: dict[nn.Parameter, Tensor] = {}
+        self._without_decay: dict[nn.Parameter, tuple[weakref.ref[Tensor], int]] = {}  # gradient, version
+        self._between = False  # a step has begun and not ended
+        optimizer.__dict__.setdefault(_STEPS_OF, []).append(self)
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before),
+            optimizer.register_step_post_hook(self._after),
+        ]
+
+    def holds(self, basis: nn.Parameter) -> bool:
+        """Whether the optimizer trains this basis and the hooks follow it."""
+        return any(held is basis for held, _ in self._held())
+
+    def undo_unfinished(self) -> None:
+        """Put the bases back to where they were before a step that an exception cut off."""
+        if self._between:
+            self._between = False
+            for basis, start in self._start.items():
+                local_part(basis).copy_(start)
+
+    def remove(self) -> None:
+        """Take the hooks off the optimizer."""
+        for handle in self._handles:
+            handle.remove()
+        followers = self.optimizer.__dict__.get(_STEPS_OF, [])
+        if self in followers:
+            followers.remove(self)
+        self._start.clear()
+
+    def _held(self) -> list[_Held]:
+        bases = {head.basis for head in self._heads if head.basis.requires_grad or head.basis.grad is not None}
+        return [(p, group) for group in self.optimizer.param_groups for p in group["params"] if p in bases]
+
+    @torch.no_grad()
+    def _before(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        held = self._held()
+        for basis, _group in held:
+            local = local_part(basis)
+            start = self._start.get(basis)
+            if start is None or (start.shape, start.dtype, start.device) != (local.shape, local.dtype, local.device):
+                start = self._start[basis] = torch.empty_like(local, memory_format=torch.contiguous_format)
+            start.copy_(local)
+        self._between = True
+        if self.update != "displacement" or not any(_coupled_decay(self.optimizer, group) for _, group in held):
+            return None
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._take_decay_out(held)
+            return None
+
+        def without_decay() -> Any:  # Lightning computes the gradients in here, and clips them
+            loss = closure()
+            with torch.no_grad():
+                self._take_decay_out(held)
+            return loss
+
+        return (args[0],), {**kwargs, "closure": without_decay}
+
+    def _take_decay_out(self, held: list[_Held]) -> None:
+        # Under fp16 a fused optimizer unscales inside its step.
+        scale = getattr(self.optimizer, "grad_scale", None)
+        for basis, group in held:
+            decay = _coupled_decay(self.optimizer, group)
+            if not decay or basis.grad is None:
+                continue
+            # Once for each gradient: the step of a subclass that calls that of its base fires the hooks twice.
+            local, gradient = local_part(basis), local_part(basis.grad)
+            done, version = self._without_decay.get(basis, (None, 0))
+            if done is None or done() is not basis.grad or version != gradient._version:
+                gradient.sub_(local if scale is None else local * scale, alpha=decay)
+                self._without_decay[basis] = weakref.ref(basis.grad), gradient._version
+
+    @torch.no_grad()
+    def _after(self, *_: Any) -> None:
+        if not self._between:
+            return  # a step that calls the step of its base class: hooks fire for both, the inner one has done the work
+        for basis, group in self._held():
+            moved, start = local_part(basis), self._start[basis]
+            if not moved.numel():
+                continue  # FSDP2 may leave a process without a class
+            if basis.grad is None or not basis.requires_grad:
+                moved.copy_(start)  # it may still have been decayed, or moved by its momentum
+                continue
+            state = self.optimizer.state[basis]  # the optimizer's own, so that it is saved and restored with the rest
+            if self.update != "displacement":
+                self._move(basis, moved, start, group, state)
+            count = state[_COUNT] = state.get(_COUNT, 0) + 1
+            factor = self.lr_factor if self.update == "displacement" else 1.0
+            geodesic_(moved, start, factor=factor, repair=count % _REPAIR_EVERY == 1)
+        self._between = False
+        self.steps += 1
+
+    def _move(
+        self, basis: nn.Parameter, moved: Tensor, start: Tensor, group: dict[str, Any], state: dict[str, Any]
+    ) -> None:
+        """Put the displacement of one of our own rules in the place of the optimizer's."""
+        gradient = local_part(basis.grad).to(moved.dtype)  # type: ignore[arg-type]
+        if group.get("maximize", False):
+            gradient = -gradient
+        rate = self.lr * self.lr_factor * self._share_of_peak(group, state)
+        # A fused optimizer is called also where fp16 gradients are infinite, and skips the step inside its kernel.
+        skipped = getattr(self.optimizer, "found_inf", None)
+        if _BUFFER not in state:
+            state[_BUFFER] = torch.zeros_like(basis)
+        buffer = local_part(state[_BUFFER])
+        if self.update == "momentum":
+            move_by_momentum(moved, start, gradient, buffer, rate, self.momentum, skipped)
+        else:
+            if _SQUARES not in state:
+                state[_SQUARES] = torch.zeros_like(basis).sum((1, 2))
+                state[_STEPS] = torch.zeros((), dtype=basis.dtype, device=basis.device)
+            squares, steps = local_part(state[_SQUARES]), state[_STEPS]
+            moments = self.momentum, self.second_momentum
+            move_by_adam(moved, start, gradient, buffer, squares, steps, rate, *moments, skipped)
+
+    def _share_of_peak(self, group: dict[str, Any], state: dict[str, Any]) -> float:
+        """The learning rate now over the highest one, as far as that is known; between 0 and 1."""
+        if group["lr"] is None:  # optimizers that choose it themselves
+            return 1.0
+        rate = float(group["lr"])
+        known = (float(group.get(name) or 0.0) for name in ("max_lr", "initial_lr"))
+        # In the state, so that it survives a resume, and those who lower initial_lr on the way, as weight averaging.
+        peak = state[_PEAK] = max(state.get(_PEAK, 0.0), rate, *known)
+        return rate / peak if peak else 0.0
+
+
+def follow_subspaces(
+    optimizer: Optimizer,
+    module: nn.Module,
+    update: Update = "auto",
+    lr_factor: float = 1.0,
+    lr: float = 0.1,
+    momentum: float = 0.9,
+    second_momentum: float = 0.999,
+) -> SubspaceStep:
+    """Make ``optimizer`` leave the class subspaces of every ``GrassmannLinear`` in ``module`` on their manifold.
+
+    Call it once for each optimizer, in ``configure_optimizers``; the ``GrassmannHead`` callback does so by itself.
+
+    Args:
+        optimizer: any optimizer whose step moves each parameter once and whose state holds gradients.
+        module: where the heads are; those whose basis the optimizer does not hold are left alone.
+        update: ``"displacement"`` follows the optimizer's own step, ``"momentum"`` an SGD with momentum beside it
+            (see the top of this file); ``"auto"`` is the first for SGD and the second for any other optimizer.
+        lr_factor: multiplies the step of the subspaces, by either rule.
+        lr: peak learning rate of the ``momentum`` and ``adam`` rules, 0.1 in the paper (0.3 beside LAMB). It follows
+            the shape of the group's schedule, whose highest rate is the largest of ``max_lr`` and ``initial_lr``, which
+            schedulers set, and of the rates so far. Under a schedule whose factor never comes near 1, such as Noam's,
+            it stays as far below; under one that rises without saying how far (``CyclicLR``) it is ``lr`` until the
+            first turn.
+        momentum: of the ``momentum`` and ``adam`` rules.
+        second_momentum: of the ``adam`` rule, for the squared length of the gradient of each class.
+
+    Raises:
+        ValueError: if the optimizer is known to be one that cannot be followed, is followed already, or a number is
+            out of range. Hooks are not copied with an optimizer: call this again for a copy.
+    """
+    for cls in type(optimizer).__mro__:
+        if any(name in cls.__name__ for name in _CANNOT_FOLLOW):
+            raise ValueError(
+                f"class subspaces cannot follow {type(optimizer).__name__}: it moves the weights several times in a "
+                "step, or averages them in its state. Use SGD, AdamW, LAMB or another optimizer whose state holds "
+                "gradients."
+            )
+    if update not in get_args(Update):
+        raise ValueError(f"update={update!r}: choose one of {', '.join(get_args(Update))}.")
+    if lr_factor < 0 or lr < 0:
+        raise ValueError(f"need lr_factor >= 0 and lr >= 0, got {lr_factor} and {lr}.")
+    if not 0 <= momentum < 1 or not 0 <= second_momentum < 1:
+        raise ValueError(f"need momentum and second_momentum in [0, 1), got {momentum} and {second_momentum}.")
+    heads = [part for part in module.modules() if isinstance(part, GrassmannLinear)]
+    if any(following(optimizer, head) is not None for head in heads):
+        raise ValueError(
+            f"the class subspaces already follow this {type(optimizer).__name__}: call follow_subspaces once for each "
+            "optimizer."
+        )
+    return SubspaceStep(optimizer, heads, update, lr_factor, lr, momentum, second_momentum)
+
+
+def following(optimizer: Optimizer, head: GrassmannLinear) -> SubspaceStep | None:
+    """Who makes the optimizer keep this head on its manifold, if anyone does."""
+    followers: list[SubspaceStep] = optimizer.__dict__.get(_STEPS_OF, [])
+    return next((step for step in followers if step.holds(head.basis)), None)
+
+
+def _choose(update: Update, optimizer: Optimizer) -> Literal["displacement", "momentum", "adam"]:
+    if update != "auto":
+        return update
+    return "displacement" if isinstance(optimizer, torch.optim.SGD) else "momentum"
+
+
+def _coupled_decay(optimizer: Optimizer, group: dict[str, Any]) -> float:
+    """The multiple of the parameter that this optimizer will add to its gradient; negative where it maximises."""
+    known = [cls for cls in type(optimizer).__mro__ if cls.__module__.startswith(("torch.optim", "timm.optim"))]
+    if not any(cls.__name__ in _COUPLED for cls in known):
+        return 0.0
+    if group.get("decoupled_weight_decay", False) or group.get("decoupled_decay", False):
+        return 0.0
+    decay = float(group.get("weight_decay", 0.0))
+    return -decay if group.get("maximize", False) else decay

@@ -1,0 +1,86 @@
+from collections import namedtuple
+
+import pytest
+import torch
+
+from lightning_feat.joints.features.batches import class_indices, inputs_of, targets_of
+from tests.helpers import Example
+
+X, Y = torch.zeros(4, 2), torch.tensor([0, 1, 2, 1])
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        (X, Y),
+        [X, Y],
+        (X, Y, torch.arange(4)),
+        {"image": X, "label": Y},
+        {"image": X, "targets": Y},
+        Example(X, Y),
+        namedtuple("Sample", "image y")(X, Y),
+    ],
+)
+def test_targets_are_found_in_every_usual_form(batch):
+    assert targets_of(batch) is Y
+
+
+@pytest.mark.parametrize(
+    ("batch", "key"),
+    [((Y, X), 0), ({"fine": Y, "label": X}, "fine"), (Example(X, Y), "target"), ((X, {"a": Y}), lambda b: b[1]["a"])],
+)
+def test_target_key_leads_to_the_targets(batch, key):
+    assert targets_of(batch, key) is Y
+
+
+@pytest.mark.parametrize(
+    ("batch", "text"),
+    [
+        (X, "found no targets in a batch of Tensor"),
+        ({"image": X}, r"found no targets in a batch of dict\(image: Tensor\(4, 2\) float32\)"),
+        ({"label": Y, "target": Y}, "several entries that could be the targets"),
+        ([(X, Y), torch.arange(4)], "found no targets"),  # an indexed data set: the second entry is no target
+        ((X,), "found no targets"),
+    ],
+)
+def test_what_cannot_be_told_is_an_error_that_shows_the_batch(batch, text):
+    with pytest.raises(ValueError, match=text):
+        targets_of(batch)
+
+
+def test_a_key_that_leads_nowhere_is_named():
+    with pytest.raises(ValueError, match=r"target_key='klass' leads nowhere in a batch of dict\(image"):
+        targets_of({"image": X}, "klass")
+
+
+def test_targets_that_are_no_tensor_are_refused():
+    with pytest.raises(ValueError, match="the targets are list"):
+        targets_of((X, ["cat", "dog"]))
+
+
+def test_inputs_are_the_first_entry_or_the_batch():
+    assert inputs_of((X, Y)) is X
+    assert inputs_of({"image": X})["image"] is X
+
+
+def test_class_indices_of_tokens_and_of_several_views():
+    per_token = torch.tensor([[0, 1], [2, -100]])
+    assert class_indices(per_token, 4).tolist() == [0, 1, 2, -100]
+    assert class_indices(Y, 8).tolist() == [*Y.tolist(), *Y.tolist()]
+
+
+@pytest.mark.parametrize("targets", [Y.float(), torch.rand(4, 3), Y > 0])
+def test_targets_that_are_not_integers_are_refused(targets):
+    with pytest.raises(ValueError, match="integer class indices are needed"):
+        class_indices(targets, 4)
+
+
+def test_targets_that_do_not_fit_the_features_are_refused():
+    with pytest.raises(ValueError, match=r"shape \(4,\), which does not fit 6 samples"):
+        class_indices(Y, 6)
+
+
+def test_tokens_need_a_target_each():
+    with pytest.raises(ValueError, match="does not fit 6 samples"):
+        class_indices(torch.tensor([0, 1]), 6, views=False)
+    assert class_indices(torch.tensor([[0, 1], [1, 1]]), 4, views=False).tolist() == [0, 1, 1, 1]

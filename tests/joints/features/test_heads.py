@@ -1,0 +1,87 @@
+import pytest
+import timm
+import torch
+from torch import nn
+
+from lightning_feat.joints.features.heads import find_classifier, replace_layer
+from lightning_feat.layers import GrassmannLinear, SimplexETF
+from tests.helpers import Plain
+
+
+class Holder(nn.Module):
+    def __init__(self, **parts):
+        super().__init__()
+        for name, part in parts.items():
+            self.add_module(name, part)
+
+
+@pytest.mark.parametrize(("model", "name"), [("test_resnet", "fc"), ("test_vit", "head"), ("test_convnext", "head.fc")])
+def test_timm_tells_its_classifier(model, name):
+    network = timm.create_model(model, num_classes=7)
+    found, layer = find_classifier(Holder(network=network))
+    assert found == f"network.{name}"
+    assert layer is network.get_classifier()
+
+
+@pytest.mark.parametrize("name", ["fc", "classifier", "head"])
+def test_a_layer_called_like_a_classifier_is_one(name):
+    head = nn.Linear(4, 3)
+    module = Holder(net=Holder(**{"body": nn.Linear(4, 4), name: head}))
+    assert find_classifier(module) == (f"net.{name}", head)
+
+
+def test_of_a_container_it_is_the_last_linear():
+    last = nn.Linear(5, 3)
+    module = Holder(features=nn.Linear(4, 4), classifier=nn.Sequential(nn.Dropout(), nn.Linear(4, 5), nn.ReLU(), last))
+    assert find_classifier(module) == ("classifier.3", last)
+
+
+def test_the_only_linear_is_the_classifier():
+    module = Holder(conv=nn.Conv2d(1, 2, 3), out=nn.Linear(2, 3))
+    assert find_classifier(module)[0] == "out"
+
+
+@pytest.mark.parametrize("head", [GrassmannLinear(2, 3, 1), SimplexETF(2, 3)])
+def test_a_head_of_its_own_kind_is_found_by_that(head):
+    module = Holder(body=nn.Linear(2, 2), out=head)
+    assert find_classifier(module) == ("out", head)
+
+
+def test_it_is_found_through_a_compiled_network():
+    module = Holder(net=torch.compile(Holder(body=nn.Linear(4, 4), fc=nn.Linear(4, 3)), backend="eager"))
+    assert find_classifier(module)[0] == "net.fc"
+
+
+def test_two_candidates_are_asked_about():
+    module = Holder(student=Holder(fc=nn.Linear(4, 3)), teacher=Holder(fc=nn.Linear(4, 3)))
+    with pytest.raises(
+        ValueError, match=r"several layers that could be the classifier: student.fc \(Linear\), teacher.fc"
+    ):
+        find_classifier(module)
+
+
+def test_timm_models_with_two_heads_are_asked_about():
+    module = Holder(network=timm.create_model("deit_tiny_distilled_patch16_224", num_classes=3))
+    with pytest.raises(ValueError, match=r"network.head \(Linear\), network.head_dist \(Linear\)"):
+        find_classifier(module)
+
+
+def test_no_candidate_is_an_error():
+    with pytest.raises(ValueError, match="no layer that is plainly the classifier"):
+        find_classifier(Holder(conv=nn.Conv2d(1, 2, 3)))
+
+
+def test_a_layer_is_replaced_wherever_it_is_registered():
+    module = Plain()
+    module.alias = old = module.net.fc
+    new = nn.Linear(8, 3)
+    replace_layer(module, old, new)
+    assert module.alias is module.net.fc is new
+
+
+@pytest.mark.parametrize(
+    ("model", "name"), [("resnet18", "fc"), ("vgg11", "classifier.6"), ("mobilenet_v3_small", "classifier.3")]
+)
+def test_torchvision_models(model, name):
+    network = pytest.importorskip("torchvision").models.get_model(model, num_classes=3)
+    assert find_classifier(Holder(net=network))[0] == f"net.{name}"
