@@ -12,12 +12,11 @@ rules:
   and turns every subspace by about the learning rate whatever the gradient.
 * ``adam``: likewise, with one second moment for each class, which is invariant; see ``optim.grassmann.rules``.
 
-No weight decay acts on a subspace. Decoupled decay moves a basis inside its own subspace, which is no move; coupled
-decay would enter the buffers, so the optimizers of torch, and those made from them, are handed the gradient minus the
-decay that they will add. A learned scale of the head is a weight like others, and decays.
+No weight decay acts on a subspace. The two rules of our own take the gradient before the optimizer steps, as some
+write into it what they add; and where the displacement counts, each basis stands in a parameter group without decay
+while the step lasts. A learned scale of the head is a weight like others, and decays.
 """
 
-import weakref
 from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -27,16 +26,15 @@ from torch.optim import Optimizer
 
 from lightning_feat.functional.grassmann import geodesic_
 from lightning_feat.layers.grassmann import GrassmannLinear, local_part
+from lightning_feat.optim.grassmann.around import Gradients, Held, WithoutDecay
 from lightning_feat.optim.grassmann.rules import move_by_adam, move_by_momentum
 
-_Held: TypeAlias = tuple[nn.Parameter, dict[str, Any]]  # a basis, and the group that trains it
 Update: TypeAlias = Literal["auto", "displacement", "momentum", "adam"]
 
 _BUFFER, _SQUARES, _STEPS, _COUNT = "subspace_momentum", "subspace_squares", "subspace_steps", "subspace_count"
 _PEAK = "subspace_peak"
 _STEPS_OF = "_feat_subspace_steps"  # on an optimizer: who follows it; not pickled or copied with it, like its hooks
 _REPAIR_EVERY = 8  # steps; between repairs rounding leaves float32 bases orthonormal to 2e-6
-_COUPLED = ("SGD", "Adam", "NAdam", "RAdam", "Adamax", "Adagrad", "Adadelta", "ASGD", "RMSprop", "RMSpropTF")
 # Their state holds weights, not gradients, or they evaluate the loss inside the step, at points that are off the
 # manifold.
 _CANNOT_FOLLOW = ("LBFGS", "Lookahead", "ScheduleFree")
@@ -66,7 +64,8 @@ class SubspaceStep:
         self.steps = 0
         self._heads = list(heads)  # and not their parameters: a move or a sharding may replace these
         self._start: dict[nn.Parameter, Tensor] = {}
-        self._without_decay: dict[nn.Parameter, tuple[weakref.ref[Tensor], int]] = {}  # gradient, version
+        self._gradients = Gradients(copies=self.update != "displacement")
+        self._decay = WithoutDecay(optimizer)
         self._between = False  # a step has begun and not ended
         optimizer.__dict__.setdefault(_STEPS_OF, []).append(self)
         self._handles = [
@@ -80,6 +79,7 @@ class SubspaceStep:
 
     def undo_unfinished(self) -> None:
         """Put the bases back to where they were before a step that an exception cut off."""
+        self._decay.put_back()
         if self._between:
             self._between = False
             for basis, start in self._start.items():
@@ -93,59 +93,57 @@ class SubspaceStep:
         if self in followers:
             followers.remove(self)
         self._start.clear()
+        self._gradients.forget()
+        self._decay.put_back()
 
-    def _held(self) -> list[_Held]:
+    def _held(self) -> list[Held]:
         bases = {head.basis for head in self._heads if head.basis.requires_grad or head.basis.grad is not None}
         return [(p, group) for group in self.optimizer.param_groups for p in group["params"] if p in bases]
 
     @torch.no_grad()
     def _before(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-        held = self._held()
-        for basis, _group in held:
+        self._decay.put_back()  # after a step that an exception cut off
+        for basis, _group in self._held():
             local = local_part(basis)
             start = self._start.get(basis)
             if start is None or (start.shape, start.dtype, start.device) != (local.shape, local.dtype, local.device):
                 start = self._start[basis] = torch.empty_like(local, memory_format=torch.contiguous_format)
             start.copy_(local)
+        is_inner = self._between  # the step of a subclass that calls that of its base fires the hooks twice
         self._between = True
-        if self.update != "displacement" or not any(_coupled_decay(self.optimizer, group) for _, group in held):
-            return None
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        if closure is None:
-            self._take_decay_out(held)
+        if not callable(closure):
+            self._prepare(anew=not is_inner)
             return None
 
-        def without_decay() -> Any:  # Lightning computes the gradients in here, and clips them
+        def prepared() -> Any:  # Lightning computes the gradients in here, and clips them
+            self._decay.put_back()  # it may look at the optimizer
             loss = closure()
             with torch.no_grad():
-                self._take_decay_out(held)
+                self._prepare(anew=True)
             return loss
 
-        return (args[0],), {**kwargs, "closure": without_decay}
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": prepared}
+        return (args[0], prepared, *args[2:]), kwargs
 
-    def _take_decay_out(self, held: list[_Held]) -> None:
-        # Under fp16 a fused optimizer unscales inside its step.
-        scale = getattr(self.optimizer, "grad_scale", None)
-        for basis, group in held:
-            decay = _coupled_decay(self.optimizer, group)
-            if not decay or basis.grad is None:
-                continue
-            # Once for each gradient: the step of a subclass that calls that of its base fires the hooks twice.
-            local, gradient = local_part(basis), local_part(basis.grad)
-            done, version = self._without_decay.get(basis, (None, 0))
-            if done is None or done() is not basis.grad or version != gradient._version:
-                gradient.sub_(local if scale is None else local * scale, alpha=decay)
-                self._without_decay[basis] = weakref.ref(basis.grad), gradient._version
+    def _prepare(self, anew: bool) -> None:
+        """Just before the optimizer moves anything: take the gradients, and the bases out of decay."""
+        held = self._held()
+        self._gradients.take([basis for basis, _ in held], anew)
+        if self.update == "displacement":
+            self._decay.take_out(held)
 
     @torch.no_grad()
     def _after(self, *_: Any) -> None:
         if not self._between:
             return  # a step that calls the step of its base class: hooks fire for both, the inner one has done the work
+        self._decay.put_back()
         for basis, group in self._held():
             moved, start = local_part(basis), self._start[basis]
             if not moved.numel():
                 continue  # FSDP2 may leave a process without a class
-            if basis.grad is None or not basis.requires_grad:
+            if not self._gradients.has(basis) or not basis.requires_grad:
                 moved.copy_(start)  # it may still have been decayed, or moved by its momentum
                 continue
             state = self.optimizer.state[basis]  # the optimizer's own, so that it is saved and restored with the rest
@@ -154,6 +152,7 @@ class SubspaceStep:
             count = state[_COUNT] = state.get(_COUNT, 0) + 1
             factor = self.lr_factor if self.update == "displacement" else 1.0
             geodesic_(moved, start, factor=factor, repair=count % _REPAIR_EVERY == 1)
+        self._gradients.forget()
         self._between = False
         self.steps += 1
 
@@ -161,12 +160,15 @@ class SubspaceStep:
         self, basis: nn.Parameter, moved: Tensor, start: Tensor, group: dict[str, Any], state: dict[str, Any]
     ) -> None:
         """Put the displacement of one of our own rules in the place of the optimizer's."""
-        gradient = local_part(basis.grad).to(moved.dtype)  # type: ignore[arg-type]
+        gradient = self._gradients.of(basis).to(moved.dtype)
+        # Under fp16 a fused optimizer is called with gradients that are still scaled, and also where they are infinite:
+        # it unscales, or skips the step, inside its kernel.
+        scale, skipped = getattr(self.optimizer, "grad_scale", None), getattr(self.optimizer, "found_inf", None)
+        if scale is not None:
+            gradient = gradient / scale
         if group.get("maximize", False):
             gradient = -gradient
         rate = self.lr * self.lr_factor * self._share_of_peak(group, state)
-        # A fused optimizer is called also where fp16 gradients are infinite, and skips the step inside its kernel.
-        skipped = getattr(self.optimizer, "found_inf", None)
         if _BUFFER not in state:
             state[_BUFFER] = torch.zeros_like(basis)
         buffer = local_part(state[_BUFFER])
@@ -182,7 +184,7 @@ class SubspaceStep:
 
     def _share_of_peak(self, group: dict[str, Any], state: dict[str, Any]) -> float:
         """The learning rate now over the highest one, as far as that is known; between 0 and 1."""
-        if group["lr"] is None:  # optimizers that choose it themselves
+        if group.get("lr") is None:  # optimizers that choose it themselves
             return 1.0
         rate = float(group["lr"])
         known = (float(group.get(name) or 0.0) for name in ("max_lr", "initial_lr"))
@@ -254,14 +256,3 @@ def _choose(update: Update, optimizer: Optimizer) -> Literal["displacement", "mo
     if update != "auto":
         return update
     return "displacement" if isinstance(optimizer, torch.optim.SGD) else "momentum"
-
-
-def _coupled_decay(optimizer: Optimizer, group: dict[str, Any]) -> float:
-    """The multiple of the parameter that this optimizer will add to its gradient; negative where it maximises."""
-    known = [cls for cls in type(optimizer).__mro__ if cls.__module__.startswith(("torch.optim", "timm.optim"))]
-    if not any(cls.__name__ in _COUPLED for cls in known):
-        return 0.0
-    if group.get("decoupled_weight_decay", False) or group.get("decoupled_decay", False):
-        return 0.0
-    decay = float(group.get("weight_decay", 0.0))
-    return -decay if group.get("maximize", False) else decay

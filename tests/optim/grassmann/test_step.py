@@ -470,3 +470,98 @@ def test_a_head_frozen_in_mid_run_stays_where_it_is():
         optimizer.zero_grad(set_to_none=False)
         optimizer.step()
     assert torch.equal(head.basis, start)
+
+
+class WritesGradients(torch.optim.Optimizer):
+    """Adds its decay to the gradient itself and centralises it, as half of pytorch_optimizer does; knows no rate."""
+
+    def __init__(self, params, weight_decay, group_rate=True, clears=False):
+        super().__init__(params, {"weight_decay": weight_decay, **({"lr": 0.1} if group_rate else {})})
+        self.clears = clears
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.grad.add_(p, alpha=group["weight_decay"])
+                    p.grad.sub_(p.grad.mean())
+                    state = self.state[p]
+                    state["sum"] = 0.9 * state.get("sum", torch.zeros_like(p)) + p.grad
+                    p.sub_(state["sum"], alpha=0.1)
+                    p.grad = None if self.clears else p.grad
+        return loss
+
+
+@pytest.mark.parametrize("update", ["displacement", "momentum", "adam"])
+@pytest.mark.parametrize("by_closure", [False, True])
+@pytest.mark.parametrize("beside", [False, True])  # another weight in the same group, which is to decay
+def test_decay_that_is_written_into_gradients_acts_on_no_subspace(update, by_closure, beside):
+    generator = torch.Generator().manual_seed(0)
+    gradients = torch.randn(6, 4, 2, 12, generator=generator, dtype=torch.float64)
+    ends, others = [], []
+    for decay in (0.0, 0.3):
+        torch.manual_seed(0)
+        head, other = GrassmannLinear(12, 4, 2).double(), nn.Parameter(torch.ones(3))
+        optimizer = WritesGradients([head.basis, *([other] if beside else [])], decay)
+        group, params, start = optimizer.param_groups[0], optimizer.param_groups[0]["params"], projectors(head.basis)
+        follow_subspaces(optimizer, head, update=update)
+        for gradient in gradients:
+
+            def closure(gradient=gradient, head=head, other=other):
+                head.basis.grad, other.grad = gradient.clone(), torch.tensor([1.0, 0.0, 0.0])
+
+            if not by_closure:
+                closure()
+            optimizer.step(*[closure] if by_closure else [])
+        assert optimizer.param_groups == [group]
+        assert group["params"] is params
+        assert group["weight_decay"] == decay
+        ends.append(projectors(head.basis))
+        others.append(other.detach())
+    assert (ends[0] - start).abs().max() > 1e-3
+    torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=1e-12)
+    assert not beside or not torch.equal(*others)
+
+
+def test_the_momentum_rule_takes_the_gradient_that_the_optimizer_was_given():
+    ends = []
+    for cls in (torch.optim.AdamW, WritesGradients):
+        torch.manual_seed(0)
+        head = GrassmannLinear(12, 4, 2).double()
+        optimizer = cls([head.basis], weight_decay=0.3)
+        follow_subspaces(optimizer, head, update="momentum")
+        for seed in range(4):
+            torch.manual_seed(seed)
+            head.basis.grad = torch.randn_like(head.basis)
+            optimizer.step()
+        ends.append(projectors(head.basis))
+    torch.testing.assert_close(*ends, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", [{"group_rate": False}, {"clears": True}])
+def test_groups_without_a_rate_and_gradients_that_are_gone_after_the_step(options):
+    head = GrassmannLinear(12, 4, 2)
+    before = projectors(head.basis)
+    optimizer = WritesGradients([head.basis], 0.0, **options)
+    follow_subspaces(optimizer, head, update="momentum")
+    head.basis.grad = torch.randn_like(head.basis)
+    optimizer.step()
+    assert (projectors(head.basis) - before).abs().max() > 1e-3
+
+
+def test_a_step_that_breaks_leaves_the_groups_as_they_were():
+    class Breaks(torch.optim.SGD):
+        def step(self, closure=None):
+            raise ArithmeticError
+
+    model = Model()
+    optimizer = Breaks(model.parameters(), lr=1.0, weight_decay=0.1)
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    step = follow_subspaces(optimizer, model)
+    with pytest.raises(ArithmeticError):
+        train(model, optimizer, steps=1)
+    step.undo_unfinished()
+    assert len(optimizer.param_groups) == 1
+    assert all(p is q for p, q in zip(optimizer.param_groups[0]["params"], held, strict=True))
