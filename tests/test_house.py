@@ -18,7 +18,7 @@ SHARED = {  # what stands beside the families in a kind
     "manifolds": set(),
     "layers": set(),
     "optim": set(),
-    "mixins": {"loss_terms"},
+    "mixins": {"loss_terms", "callbacks"},
 }
 BELOW = {  # what of ours each room may import, beside itself
     "functional": set(),

@@ -24,27 +24,29 @@ class Outcome:
     detail: str = ""
 
 
-def outcome(entry: Entry, condition: Condition, folder: Path) -> Outcome:
-    """Raises where the cell is neither equal, nor refused as the entry says it is."""
+def outcome(entry: Entry, condition: Condition, folder: Path, by_mixin: bool = False) -> Outcome:
+    """Raises where the cell is neither equal, nor refused as the entry says it is. ``by_mixin``: the module brings the
+    callbacks, and not the Trainer.
+    """
     reason = entry.lacks.get(condition.name) or condition.lacks(entry)
     if reason:
         return Outcome("not applicable", reason)
     if condition.with_others:
         entry = company(entry)
-        key = condition.name, entry.name
+        key = condition.name, entry.name, by_mixin
         if key not in _COMPANIES:
             try:
-                _COMPANIES[key] = _outcome(entry, condition, folder)
+                _COMPANIES[key] = _outcome(entry, condition, folder, by_mixin)
             except Exception as error:
                 _COMPANIES[key] = error
         if isinstance(found := _COMPANIES[key], Exception):
             raise found
         return found
-    return _outcome(entry, condition, folder)
+    return _outcome(entry, condition, folder, by_mixin)
 
 
-def _outcome(entry: Entry, condition: Condition, folder: Path) -> Outcome:
-    ours = condition.side(entry, folder, ours=True)
+def _outcome(entry: Entry, condition: Condition, folder: Path, by_mixin: bool) -> Outcome:
+    ours = condition.side(entry, folder, ours=True, by_mixin=by_mixin)
     if condition.name in entry.refuses:
         return refused(ours, condition, entry.refuses[condition.name])
     found = condition.course(ours)
@@ -57,7 +59,7 @@ def _outcome(entry: Entry, condition: Condition, folder: Path) -> Outcome:
     return Outcome("equal", f"{tolerance:g}" if tolerance else "")
 
 
-_COMPANIES: dict[tuple[str, str], Outcome | Exception] = {}  # run once for all their members
+_COMPANIES: dict[tuple[str, str, bool], Outcome | Exception] = {}  # run once for all their members
 
 
 def refused(side: Side, condition: Condition, message: str) -> Outcome:

@@ -59,8 +59,9 @@ class Condition:
     def __str__(self) -> str:
         return self.name
 
-    def side(self, entry: Entry, folder: Any, ours: bool) -> Side:
-        return Side(entry, Habits(**self.habits), folder, ours, self.trainer, self.stream, self.val_loaders, self.named)
+    def side(self, entry: Entry, folder: Any, ours: bool, by_mixin: bool = False) -> Side:
+        how = self.trainer, self.stream, self.val_loaders, self.named, by_mixin
+        return Side(entry, Habits(**self.habits), folder, ours, *how)
 
 
 def scaled() -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy, mse_loss, normalize
 from torch.utils.checkpoint import checkpoint
 
 from lightning_feat.baselines.clip import SmallClip
-from lightning_feat.mixins import LossTermsMixin
+from lightning_feat.mixins import CallbacksMixin, LossTermsMixin
 from tests.joints.clip import models as clip_models
 
 NUM_CLASSES, WIDTH = 3, 8
@@ -345,12 +345,28 @@ class ShardedWritten(Sharding, Written):
     pass
 
 
-def user(habits: Habits, root: Any = pl) -> Any:
+class Bringing(CallbacksMixin, User):
+    """Brings the callbacks itself."""
+
+
+class BringingMixed(CallbacksMixin, Mixed):
+    """Brings the callbacks itself, and asks for their loss terms."""
+
+
+class BringingSharded(CallbacksMixin, ShardedUser):
+    """Brings the callbacks itself, and shards its network."""
+
+
+BRINGING = {User: Bringing, Mixed: BringingMixed, ShardedUser: BringingSharded}
+
+
+def user(habits: Habits, root: Any = pl, by_mixin: bool = False) -> Any:
     """The module of a user who has callbacks. ``root`` is the package his LightningModule comes from."""
     if root is not pl:
-        return type("User", (UserCode, root.LightningModule), {})(habits)
+        bases = (CallbacksMixin, UserCode) if by_mixin else (UserCode,)
+        return type("User", (*bases, root.LightningModule), {})(habits)
     kind = Mixed if habits.optimization == "mixin" else ShardedUser if habits.sharded else User
-    return kind(habits)
+    return (BRINGING[kind] if by_mixin else kind)(habits)
 
 
 def written(habits: Habits, methods: Sequence[Any], data: dict[str, tuple[Tensor, Tensor]], root: Any = pl) -> Any:

@@ -30,6 +30,7 @@ class Side:
 
     Attributes:
         ours: whether the callbacks are there, or the methods are written in.
+        by_mixin: whether the module brings the callbacks, and not the Trainer.
         made: modules and trainers so far.
     """
 
@@ -43,11 +44,13 @@ class Side:
         stream: bool = False,
         val_loaders: int = 1,
         named: bool = False,
+        by_mixin: bool = False,
     ) -> None:
         self.entry, self.folder, self.ours = entry, folder, ours
         self.habits = habits.but(task=entry.task)
         self.trainer_options, self.stream, self.val_loaders = trainer_options, stream, val_loaders
-        self.named = named
+        self.named, self.by_mixin = named, by_mixin and ours
+        self.brought: list[Any] = []
         self.root: Any = pl  # the package that module and Trainer come from
         self.made: list[Run] = []
 
@@ -56,14 +59,16 @@ class Side:
         torch._dynamo.reset()
         pl.seed_everything(0, verbose=False)
         if self.ours:
-            return modules.user(self.habits, self.root)
+            return modules.user(self.habits, self.root, self.by_mixin)
         module = modules.written(self.habits, self.entry.methods(), datasets.tensors(self.habits), self.root)
         module.active = active
         module.given_loader = self.loader("train")
         return module
 
     def callbacks(self, active: bool = True) -> list[Any]:
-        return [member.build(self.named) for member in self.entry.family()] if self.ours and active else []
+        built = [member.build(self.named) for member in self.entry.family()] if self.ours and active else []
+        self.brought += built
+        return built
 
     def loader(self, part: str) -> Any:
         return datasets.loader(self.habits, part, self.stream and part == "train")
@@ -79,6 +84,8 @@ class Side:
         short = {"max_epochs": self.entry.epochs, "num_sanity_val_steps": 0, "accelerator": "cpu", "devices": 1}
         anew = not self.ours and any(method.changes_loader for method in self.entry.methods())
         own = {"reload_dataloaders_every_n_epochs": int(anew), "log_every_n_steps": 1}
+        if self.by_mixin:
+            callbacks = [callback for callback in callbacks if not any(callback is other for other in self.brought)]
         chosen = {**quiet, **short, **own, **self.trainer_options(), **options}
         return self.root.Trainer(default_root_dir=self.folder, callbacks=[*callbacks], **chosen)
 
@@ -92,6 +99,8 @@ class Side:
         """Same random numbers on both sides from here on."""
         self.made.append(Run(module, trainer, [*callbacks]))
         pl.seed_everything(1, verbose=False)
+        if self.by_mixin:
+            module.bring(*callbacks)
         if not self.ours and trainer.world_size == 1:  # of several processes each seeds anew, before its setup
             module.prepare()  # and not in setup: averaging callbacks copy the module before
         return torch.compile(module, backend="eager") if self.habits.compiled == "module" else module

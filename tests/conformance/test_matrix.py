@@ -15,10 +15,10 @@ from tests.conformance.registry import CALLBACKS
 BASES = {"MetricHistory", "Regularizer"}  # made to be derived from
 
 
-def cells(where):
+def cells(where, but=frozenset()):
     for entry in CALLBACKS:
         for condition in CONDITIONS:
-            if condition.where == where:
+            if condition.where == where and condition.name not in but:
                 marks = [] if condition.quick else [pytest.mark.slow]
                 if not condition.available:
                     marks.append(pytest.mark.skip(reason="not installed"))
@@ -29,6 +29,14 @@ def cells(where):
 @pytest.mark.parametrize(("entry", "condition"), cells("here"))
 def test_cell(entry, condition, tmp_path):
     table.check(entry, condition, outcome(entry, condition, tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("entry", "condition"), cells("here", but={"LightningCLI"}))  # YAML is for the Trainer's
+def test_cell_of_a_module_that_brings_the_callback(entry, condition, tmp_path):
+    found = outcome(entry, condition, tmp_path, by_mixin=True)
+    assert table.sign(found) == table.committed()[condition.name, entry.name]
 
 
 @pytest.mark.parametrize(("entry", "condition"), cells("pair"))

@@ -1,6 +1,6 @@
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -89,8 +89,7 @@ class GrassmannHead(Callback):
         refuse_twin(trainer, self)
         self._refuse_strategy(trainer)
         refuse_averaging_before(trainer, self)
-        build = functools.partial(_build_head, self.head_options)
-        swap = HeadSwap(self.layer, GrassmannLinear, build, "GrassmannHead", self.fresh_head)
+        swap = self._swap()
         swap.swap_early(pl_module)
         add_link(pl_module, "configure_model", self.state_key, swap)
         if stage == "fit":
@@ -160,6 +159,16 @@ class GrassmannHead(Callback):
         for step in self.steps.values():
             step.undo_unfinished()
         self._let_go(pl_module)  # after an exception Lightning does not call teardown
+
+    def build_for(self, module: nn.Module, names: Collection[str]) -> None:
+        """Put the head into ``module`` if it is not there and weights of these names, as a state dict has them, are its
+        own; for weights that are loaded outside of a Trainer.
+        """
+        self._swap().swap_for(module, names)
+
+    def _swap(self) -> HeadSwap:
+        build = functools.partial(_build_head, self.head_options)
+        return HeadSwap(self.layer, GrassmannLinear, build, "GrassmannHead", self.fresh_head)
 
     def head(self, pl_module: nn.Module) -> GrassmannLinear:
         """The head in ``pl_module``, once it has been put in."""

@@ -1,5 +1,5 @@
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -68,8 +68,7 @@ class SimplexETFHead(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         refuse_twin(trainer, self)
         refuse_averaging_before(trainer, self)
-        build = functools.partial(_build_head, self.head_options)
-        swap = HeadSwap(self.layer, SimplexETF, build, "SimplexETFHead", self.fresh_head)
+        swap = self._swap()
         swap.swap_early(pl_module)
         add_link(pl_module, "configure_model", self.state_key, swap)
         if stage == "fit":
@@ -88,6 +87,16 @@ class SimplexETFHead(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._let_go(pl_module)  # after an exception Lightning does not call teardown
+
+    def build_for(self, module: nn.Module, names: Collection[str]) -> None:
+        """Put the head into ``module`` if it is not there and weights of these names, as a state dict has them, are its
+        own; for weights that are loaded outside of a Trainer.
+        """
+        self._swap().swap_for(module, names)
+
+    def _swap(self) -> HeadSwap:
+        build = functools.partial(_build_head, self.head_options)
+        return HeadSwap(self.layer, SimplexETF, build, "SimplexETFHead", self.fresh_head)
 
     def _let_go(self, pl_module: LightningModule) -> None:
         for method in ("configure_model", "configure_optimizers"):

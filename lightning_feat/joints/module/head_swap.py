@@ -2,7 +2,7 @@
 parameters.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from lightning.pytorch import LightningModule
@@ -55,7 +55,17 @@ class HeadSwap:
                 return
         self.swap(module)
 
-    def swap(self, module: LightningModule) -> None:
+    def swap_for(self, module: nn.Module, names: Collection[str]) -> None:
+        """Replace the classifier if weights of these names, as a state dict has them, are those of a new head."""
+        try:
+            name, old = named_or_found(module, self.layer)
+        except ValueError:  # built later, or not there: whoever trains the module will hear of it
+            return
+        in_its_place = {known for known in names if known.startswith(f"{name}.")}
+        if not isinstance(old, self.kind) and in_its_place and f"{name}.weight" not in in_its_place:
+            self.swap(module)
+
+    def swap(self, module: nn.Module) -> None:
         """Replace the classifier unless that has been done."""
         name, old = named_or_found(module, self.layer)
         if isinstance(old, self.kind):
