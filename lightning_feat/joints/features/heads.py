@@ -1,39 +1,116 @@
 """Find and replace the classifier of a module that was written without us. What is ambiguous is asked about, not
 guessed.
+
+Names tell what is likely; ``head_check`` looks, in the first batch, whether it is so.
 """
 
 import sys
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
-_CLASSIFIER_NAMES = ("fc", "classifier", "heads", "head")  # torchvision, Hugging Face, and most modules written by hand
+Named: TypeAlias = tuple[str, nn.Module]
+
+# torchvision, Hugging Face, and most modules written by hand
+_CLASSIFIER_NAMES = ("fc", "classifier", "heads", "head", "score", "classification_head")
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_FOUND = "_feat_found"  # on a head that was put in the place of the classifier that was found
 
 
-def find_classifier(module: nn.Module) -> tuple[str, nn.Module]:
+def find_classifier(module: nn.Module, argument: str = "layer") -> Named:
     """The dotted name and the layer that turns features into logits.
 
-    In this order: what timm's ``get_classifier()`` gives; the one layer called ``fc``, ``classifier``, ``heads`` or
-    ``head`` that stands highest (of a container its last ``Linear``); the only head of a kind of its own there is, such
-    as a ``GrassmannLinear``; the only ``Linear`` there is.
+    In this order: the head that a callback put in its place; what timm's ``get_classifier()`` gives; the one layer
+    called ``fc``, ``classifier``, ``heads``, ``head``, ``score`` or ``classification_head`` that stands highest; the
+    only head of a kind of its own there is, such as a ``GrassmannLinear``; the only ``Linear`` that could be it. Of a
+    container it is the last ``Linear`` or head of a kind of its own, or else the last convolution.
+
+    Args:
+        module: what is searched.
+        argument: by which argument the caller lets its user name the layer, for the error.
 
     Raises:
-        ValueError: if there is none or more than one; the message lists the candidates.
+        ValueError: if there is none or more than one, or if another layer stands above the one whose name would do: a
+            backbone may keep a head of its own. The message lists the candidates.
     """
-    candidates = _timm_classifiers(module) or _by_name(module) or _by_kind(module)
+    parts = [(_plain(name), part) for name, part in module.named_modules()]
+    put_in = [(name, part) for name, part in parts if _FOUND in part.__dict__]
+    if len(put_in) == 1:
+        return put_in[0]
+    every = _possible(module)
+    candidates = _timm_classifiers(module)
+    by_timm = bool(candidates)
+    candidates = _higher_named(parts, candidates) or candidates or _by_name(parts)
+    if len(candidates) == 1:
+        candidates += _above(candidates[0], every, by_timm)
     if not candidates:
-        candidates = [(_plain(name), part) for name, part in module.named_modules() if isinstance(part, nn.Linear)]
+        candidates = [(name, part) for name, part in every if _is_own_kind(part)]
+        linear = [(name, part) for name, part in every if not isinstance(part, _CONVOLUTIONS)]
+        candidates = candidates or linear
     if len(candidates) == 1:
         return candidates[0]
+    raise ValueError(_question(module, candidates or every, bool(candidates), argument))
+
+
+def remember_found(head: nn.Module) -> None:
+    """Let ``find_classifier`` find this head from now on, and in copies of the module, whatever else is there."""
+    head.__dict__[_FOUND] = True
+
+
+def is_found(head: nn.Module) -> bool:
+    """Whether this head was put in the place of the classifier that was found."""
+    return _FOUND in head.__dict__
+
+
+def head_sizes(head: nn.Module) -> tuple[int | None, int | None]:
+    """Width of the features D and number of classes C of a classifier; None where it does not say."""
+    found = []
+    for names in (("in_features", "in_channels"), ("out_features", "num_classes", "out_channels")):
+        sizes = [getattr(head, name, None) for name in names]
+        found.append(next((size for size in sizes if isinstance(size, int)), None))
+    return found[0], found[1]
+
+
+def _question(module: nn.Module, candidates: list[Named], plainly: bool, argument: str) -> str:
     found = ", ".join(f"{name} ({type(part).__name__})" for name, part in candidates[-8:])
-    raise ValueError(
+    return (
         f"{type(module).__name__} has "
-        f"{'no layer that is plainly' if not candidates else 'several layers that could be'} the "
-        f"classifier{': ' + found if found else ''}. Say which one by its dotted name (argument `layer`)."
+        f"{'several layers that could be' if plainly else 'no layer that is plainly'} the "
+        f"classifier{': ' + found if found else ''}. Say which one by its dotted name (argument `{argument}`)."
     )
 
 
-def _timm_classifiers(module: nn.Module) -> list[tuple[str, nn.Module]]:
+def _is_own_kind(part: nn.Module) -> bool:
+    return hasattr(part, "num_classes") and hasattr(part, "in_features") and not [*part.children()]
+
+
+def _is_head(part: nn.Module) -> bool:
+    adapted = hasattr(part, "base_layer") and hasattr(part, "in_features")  # LoRA and its like, around a Linear
+    return isinstance(part, nn.Linear) or _is_own_kind(part) or adapted
+
+
+def _heads_in(name: str, part: nn.Module, convolutions: bool = False) -> list[Named]:
+    """All layers below that could make logits, in their order; those inside of such a layer are left out."""
+    if _is_head(part) or (convolutions and isinstance(part, _CONVOLUTIONS)):
+        return [(_plain(name), part)]
+    children = part.named_children()
+    saved: Any = getattr(part, "modules_to_save", None)
+    if isinstance(saved, nn.ModuleDict) and hasattr(part, "original_module"):  # peft trains a copy, and keeps both
+        children = saved.named_children()
+        name = f"{name}.modules_to_save" if name else "modules_to_save"
+    prefix = f"{name}." if name else ""
+    return [head for child_name, child in children for head in _heads_in(prefix + child_name, child, convolutions)]
+
+
+def _last_head(name: str, part: nn.Module) -> list[Named]:
+    heads = _heads_in(name, part) or _heads_in(name, part, convolutions=True)
+    if heads:
+        return heads[-1:]
+    return [(_plain(name), part)] if part._parameters and not [*part.children()] else []  # of a class of one's own
+
+
+def _timm_classifiers(module: nn.Module) -> list[Named]:
     heads: list[nn.Module] = []
     outermost: list[str] = []
     for name, part in module.named_modules():
@@ -41,27 +118,65 @@ def _timm_classifiers(module: nn.Module) -> list[tuple[str, nn.Module]]:
             name.startswith(f"{o}.") or not o for o in outermost
         ):
             outermost.append(name)
-            found = part.get_classifier()
+            try:
+                found: Any = part.get_classifier()
+            except (AttributeError, TypeError, IndexError):  # some, when they were made without classes
+                continue
             heads += [*found] if isinstance(found, (tuple, list, nn.ModuleList)) else [found]
-    return [(_plain(name), part) for name, part in module.named_modules() if any(part is head for head in heads)]
+    named = [(name, part) for name, part in module.named_modules() if any(part is head for head in heads)]
+    return [head for name, part in named for head in _last_head(name, part)]
 
 
-def _by_name(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    named = [(name, part) for name, part in module.named_modules() if name.rpartition(".")[2] in _CLASSIFIER_NAMES]
-    depth = min((name.count(".") for name, _ in named), default=0)
-    heads = []
-    for name, part in named:
-        if name.count(".") == depth:
-            linear = [(n, p) for n, p in part.named_modules(prefix=name) if isinstance(p, nn.Linear)]
-            heads.append(linear[-1] if linear else (name, part))
-    return [(_plain(name), part) for name, part in heads]
+def _by_name(parts: list[Named]) -> list[Named]:
+    named = [(name, part) for name, part in parts if name.rpartition(".")[2] in _CLASSIFIER_NAMES]
+    heads = [(name, head) for name, part in named for head in _last_head(name, part)]
+    depth = min((name.count(".") for name, _ in heads), default=0)
+    highest = [head for name, head in heads if name.count(".") == depth]
+    return [head for i, head in enumerate(highest) if not any(head[1] is other for _, other in highest[:i])]
 
 
-def _by_kind(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    leaves = [(name, part) for name, part in module.named_modules() if not [*part.children()]]
-    return [
-        (_plain(name), part) for name, part in leaves if hasattr(part, "num_classes") and hasattr(part, "in_features")
+def _higher_named(parts: list[Named], found: list[Named]) -> list[Named]:
+    """What is called like a classifier, and stands above what a timm model in it says of itself."""
+    named = _by_name(parts) if found else []
+    inside = any(head is other for _, head in named for _, other in found)
+    depth = min((name.count(".") for name, _ in found), default=0)
+    return [] if inside else [(name, head) for name, head in named if name.count(".") < depth]
+
+
+def _above(found: Named, every: list[Named], by_timm: bool) -> list[Named]:
+    """The layers that come after the one found and stand higher: what a user may have built on a whole model."""
+    names = [name for name, _ in every]
+    if found[0] not in names:
+        return []
+    later = every[names.index(found[0]) + 1 :]
+    higher = [(name, head) for name, head in later if name.count(".") < found[0].count(".")]
+    classes = head_sizes(found[1])[1]
+    return [head for head in higher if not by_timm or head_sizes(head[1])[0] == classes]
+
+
+def _possible(module: nn.Module) -> list[Named]:
+    """The layers that could make logits: not those of repeated blocks, nor those that feed the next of a Sequential."""
+    inner: set[str] = set()
+    for name, part in module.named_modules():
+        if isinstance(part, (nn.ModuleList, nn.Sequential)):
+            blocks = [(child_name, child) for child_name, child in part.named_children() if [*child.children()]]
+            kinds = [type(child) for _, child in blocks]
+            repeated = [f"{name}.{n}".lstrip(".") for n, child in blocks if kinds.count(type(child)) > 1]
+            inner.update(_plain(block) for block in repeated)
+        if isinstance(part, nn.MultiheadAttention):
+            inner.add(_plain(name))
+    found = _heads_in("", module, convolutions=True)
+    feeding: set[str] = set()
+    for name, part in module.named_modules():
+        if isinstance(part, nn.Sequential):
+            of_it = _heads_in(name, part, convolutions=True)
+            feeding.update(head_name for head_name, _ in of_it[:-1])
+    possible = [
+        (name, head)
+        for name, head in found
+        if name not in feeding and not any(name == block or name.startswith(f"{block}.") for block in inner)
     ]
+    return possible or found
 
 
 def _plain(name: str) -> str:

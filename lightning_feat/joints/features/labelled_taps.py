@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_feat.joints.features.batches import TargetKey, class_indices, targets_of
-from lightning_feat.joints.features.heads import find_classifier
+from lightning_feat.joints.features.heads import find_classifier, head_sizes
 from lightning_feat.joints.features.taps import FeatureTap, Pooling, Read, TapError, find_layer
 
 
@@ -42,7 +42,7 @@ class LabelledTaps:
         target_key: TargetKey,
         ignore_index: int,
     ) -> None:
-        self.taps = [FeatureTap(name, read, pooling) for name in layers]
+        self.taps = [FeatureTap(name, read, pooling, classifier=classifier) for name in layers]
         self.labels = [tap.label for tap in self.taps]
         self.classifier = classifier
         self.target_key, self.ignore_index = target_key, ignore_index
@@ -103,10 +103,9 @@ class LabelledTaps:
 
     def count_classes(self, module: nn.Module) -> int:
         """The number of classes that the classifier tells apart. Raises ``ValueError`` where it cannot be seen."""
-        for name in ("out_features", "num_classes"):
-            out = getattr(self.head[1], name, None) if self.head is not None else None
-            if isinstance(out, int):
-                return out
+        num_classes = None if self.head is None else head_sizes(self.head[1])[1]
+        if num_classes is not None:
+            return num_classes
         raise ValueError(
             f"{type(module).__name__} has no classifier that shows the number of classes: set num_classes."
         )
@@ -122,7 +121,7 @@ class LabelledTaps:
         if self.classifier is not None:
             return self.classifier, find_layer(module, self.classifier)
         try:
-            return find_classifier(module)
+            return find_classifier(module, "classifier")
         except ValueError:
             if any(tap.layer is None for tap in self.taps):
                 raise

@@ -33,6 +33,7 @@ class FeatureTap:
         read: the ``"output"`` of the layer (default), or its first ``"input"`` (default where ``layer`` is None).
         pooling: how features that are not ``(N, D)`` become so, see ``pool``. None refuses them.
         keep_graph: keep the features differentiable (for a loss term) instead of detaching them (for a monitor).
+        classifier: dotted name of the classifier, where ``layer`` is None and it cannot be found.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class FeatureTap:
         read: Read | None = None,
         pooling: Pooling | None = None,
         keep_graph: bool = False,
+        classifier: str | None = None,
     ) -> None:
         if read not in (None, "input", "output"):
             raise ValueError(f"read={read!r}: choose 'input' or 'output' of the layer.")
@@ -48,8 +50,10 @@ class FeatureTap:
             raise ValueError(f"pooling={pooling!r}: choose one of {', '.join(_POOLINGS)}, or None for features (N, D).")
         self.layer = layer
         self.read: Read = read or ("input" if layer is None else "output")
+        self._asks = "layer" if read is not None else "layer` with `read='input'"
         self.pooling = pooling
         self.keep_graph = keep_graph
+        self.classifier = classifier
         self._ear: Ear | None = None
         self._handle: RemovableHandle | None = None
 
@@ -75,7 +79,10 @@ class FeatureTap:
 
     def find(self, module: nn.Module) -> nn.Module:
         """The layer of ``module``. Raises ``ValueError`` if there is no such layer."""
-        return find_classifier(module)[1] if self.layer is None else find_layer(module, self.layer)
+        if self.layer is None and self.classifier is None:
+            # Named as `layer` alone it would be its output that is read: the logits.
+            return find_classifier(module, self._asks)[1]
+        return find_layer(module, self.layer if self.layer is not None else str(self.classifier))
 
     def listen(self) -> None:
         """Begin to hear; what was heard before is dropped."""

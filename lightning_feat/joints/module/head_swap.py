@@ -9,16 +9,16 @@ from lightning.pytorch import LightningModule
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_feat.joints.features.heads import find_classifier, replace_layer
+from lightning_feat.joints.features.heads import find_classifier, remember_found, replace_layer
 from lightning_feat.joints.features.taps import find_layer
 from lightning_feat.joints.module.wraps import overrides
 
 _REPLACED = "_feat_replaced"  # on a new head, until optimizers are configured: the parameters it stands for
 
 
-def named_or_found(module: nn.Module, layer: str | None) -> tuple[str, nn.Module]:
+def named_or_found(module: nn.Module, layer: str | None, argument: str = "layer") -> tuple[str, nn.Module]:
     """The layer of this dotted name, or the classifier that ``find_classifier`` finds, with its name."""
-    return find_classifier(module) if layer is None else (layer, find_layer(module, layer))
+    return find_classifier(module, argument) if layer is None else (layer, find_layer(module, layer))
 
 
 class HeadSwap:
@@ -85,6 +85,8 @@ class HeadSwap:
         if not old.weight.requires_grad:  # a frozen classifier stays frozen
             head.requires_grad_(False)
         head.register_load_state_dict_pre_hook(self.loading)
+        if self.layer is None:  # searched again, in its absence the layer before it might be taken
+            remember_found(head)
         replace_layer(module, old, head.train(old.training))
         head.__dict__[_REPLACED] = tuple(old.parameters())
 
