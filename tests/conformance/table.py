@@ -36,6 +36,12 @@ def check(entry: Entry, condition: Condition, outcome: Outcome) -> None:
         )
 
 
+def check_again(entry: Entry, condition: Condition, outcome: Outcome) -> None:
+    """A second way to the same cell must come to the same outcome."""
+    cell = condition.name, entry.name
+    assert sign(outcome) == (sign(FOUND[cell]) if WRITING else committed()[cell])
+
+
 def committed() -> dict[tuple[str, str], str]:
     """The signs in the file."""
     signs: dict[tuple[str, str], str] = {}
@@ -104,7 +110,8 @@ Each callback under each condition, as `tests/conformance` found it. This page i
 - `R`: refused by an error in the first batch, which says what to do instead; the module is left as it was.
 - `-`: not applicable, for the reason below.
 
-Each cell was run twice, with the callback in the Trainer's list and brought by the module (`mixins.CallbacksMixin`), with one outcome.
+Each cell was run twice, with one outcome: the callback in the Trainer's list, and brought by the module
+(`mixins.CallbacksMixin`).
 """
 
 
@@ -118,7 +125,7 @@ def _head() -> Iterable[str]:
 
 def _glance(cells: Cells) -> Iterable[str]:
     yield "\n## At a glance\n"
-    yield "Yes: right under all conditions of that name; refused: an error in the first batch says what to do instead.\n"
+    yield "Yes: right under all conditions of that name. Refused: by an error in the first batch, with the way out.\n"
     yield f"| callback | {' | '.join(AT_A_GLANCE)} |"
     yield "|---" * (len(AT_A_GLANCE) + 1) + "|"
     for entry in CALLBACKS:
