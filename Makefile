@@ -2,20 +2,26 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+WORKERS ?= 2
+# Workers of one thread each; tests/conftest.py says which tests stay together.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: quickstart test test-all conformance lint docs-test bench clean
+.PHONY: quickstart test test-slow test-all conformance lint docs-test bench clean
 
 quickstart: $(READY)
 	$(BIN)/lightning-feat fit --config recipes/quickstart.yaml
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
+
+test-slow: $(READY)
+	$(PYTEST) -m slow
 
 test-all: $(READY)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 conformance: $(READY)
-	$(BIN)/python -m pytest tests/conformance
+	$(PYTEST) tests/conformance
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -23,8 +29,8 @@ lint: $(READY)
 	$(BIN)/mypy
 
 docs-test: $(READY)
-	$(BIN)/python -m pytest --doctest-modules --doctest-continue-on-failure lightning_feat
-	$(BIN)/python -m pytest tests/test_readmes.py
+	$(PYTEST) --doctest-modules --doctest-continue-on-failure lightning_feat
+	$(PYTEST) tests/recipes/test_readmes.py
 
 bench: $(READY)
 	$(BIN)/python benchmarks

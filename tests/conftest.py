@@ -3,12 +3,32 @@ import logging
 import pytest
 import torch
 
+# For several workers, see below: tests that share nothing and are most of the work, and files that share a process.
+APART = ("tests/conformance/test_matrix.py::test_cell[", "tests/conformance/test_written.py", "tests/fuzz/")
+TOGETHER = ("tests/faults/",)
+
 
 @pytest.fixture(autouse=True)
 def _one_thread_and_no_chatter():
     torch.set_num_threads(1)  # tiny networks: threads only wait for one another
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Who deals the tests out to several workers: file by file, as the tests of a file share what they prepare."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            if nodeid.startswith(APART):
+                return nodeid
+            return next((folder for folder in TOGETHER if nodeid.startswith(folder)), nodeid.split("::")[0])
+
+    return Scheduling(config, log)
 
 
 def pytest_collection_modifyitems(items):

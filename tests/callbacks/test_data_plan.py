@@ -1,11 +1,9 @@
 import os
-import socket
 import warnings
 
 import lightning.pytorch as pl
 import pytest
 import torch
-import torch.multiprocessing
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
@@ -14,6 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset, WeightedRandomSampler
 from lightning_feat.callbacks import DataPlan, NeuralCollapseMonitor
 from lightning_feat.data import IndexedDataset, PlanSampler
 from tests.helpers import Plain, equal, points, trainer, weights
+from tests.pairs import two_processes
 
 SIZE = 7
 COUNTS = {0: None, 1: [2, 0, 1, 1, 1, 3, 1], 2: [2, 0, 1, 1, 1, 3, 1], 3: torch.tensor([1, 1, 1, 1, 0, 0, 0])}
@@ -216,10 +215,7 @@ def worker(process, port, folder):
 
 
 def test_two_processes_share_one_order(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    torch.multiprocessing.spawn(worker, (port, str(tmp_path)), nprocs=2)
+    two_processes(worker, str(tmp_path))
     for process in range(2):
         seen = torch.load(tmp_path / f"{process}.pt")
         assert seen == {epoch: planned(epoch, num_replicas=2, rank=process) for epoch in range(4)}

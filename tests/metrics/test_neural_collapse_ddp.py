@@ -1,14 +1,12 @@
 """Two processes against one, on the same samples."""
 
-import socket
-
 import pytest
 import torch
 import torch.distributed
-import torch.multiprocessing
 
 from lightning_feat.functional.common.class_sums import repeated_by_sampler
 from lightning_feat.metrics import ClassDistanceNormalizedVariance, NeuralCollapse
+from tests.pairs import two_processes
 
 C, D, SIZE, PROCESSES = 5, 8, 41, 2  # an odd number of samples: the sampler repeats one
 
@@ -55,10 +53,7 @@ def worker(process, port, folder):
 @pytest.fixture(scope="module")
 def of_two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(worker, (port, str(folder)), nprocs=PROCESSES)
+    two_processes(worker, str(folder))
     return [torch.load(folder / f"{process}.pt") for process in range(PROCESSES)]
 
 

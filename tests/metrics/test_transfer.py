@@ -1,10 +1,8 @@
 import math
-import socket
 
 import pytest
 import torch
 import torch.distributed
-import torch.multiprocessing
 
 from lightning_feat.functional.grassmann import principal_angles, random_basis
 from lightning_feat.functional.transfer.class_separation import (
@@ -15,6 +13,7 @@ from lightning_feat.functional.transfer.class_separation import (
 )
 from lightning_feat.metrics import ClassSeparation, WithinClassVariability
 from lightning_feat.metrics.grassmann import subspace_angles, subspace_distances
+from tests.pairs import two_processes
 
 C, D, SIZE = 4, 6, 41
 
@@ -74,10 +73,7 @@ def worker(process, port, folder):
 
 
 def test_two_processes_are_one(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(worker, (port, str(tmp_path)), nprocs=2)
+    two_processes(worker, str(tmp_path))
     first, second = (torch.load(tmp_path / f"{process}.pt") for process in range(2))
     assert first.equal(second)
     expected = measured([slice(0, 7), slice(7, 11), slice(11, SIZE)])

@@ -1,12 +1,10 @@
 import os
-import socket
 import warnings
 from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
 import torch
-import torch.multiprocessing
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy
 from torch.nn.functional import cross_entropy
@@ -24,6 +22,7 @@ from lightning_feat.functional.transfer.class_separation import (
 from lightning_feat.layers import GrassmannLinear
 from lightning_feat.optim import follow_subspaces
 from tests.helpers import Plain, equal, loader, points, trainer, weights
+from tests.pairs import two_processes
 
 
 class Built(Plain):
@@ -279,10 +278,7 @@ def worker(process, port, folder):
 
 
 def test_two_processes_log_what_one_does(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    torch.multiprocessing.spawn(worker, (port, str(tmp_path)), nprocs=2)
+    two_processes(worker, str(tmp_path))
     first, second = (torch.load(tmp_path / f"{process}.pt") for process in range(2))
     assert first == second
     alone = ddp_run(tmp_path, 1)
