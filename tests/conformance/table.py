@@ -36,6 +36,12 @@ def check(entry: Entry, condition: Condition, outcome: Outcome) -> None:
         )
 
 
+def check_again(entry: Entry, condition: Condition, outcome: Outcome) -> None:
+    """A second way to the same cell must come to the same outcome."""
+    cell = condition.name, entry.name
+    assert sign(outcome) == (sign(FOUND[cell]) if WRITING else committed()[cell])
+
+
 def committed() -> dict[tuple[str, str], str]:
     """The signs in the file."""
     signs: dict[tuple[str, str], str] = {}
@@ -43,13 +49,40 @@ def committed() -> dict[tuple[str, str], str]:
     for line in FILE.read_text().splitlines() if FILE.exists() else []:
         cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
         if line.startswith("| |"):
-            names = [LETTERS[letter] for letter in cells[1:]]
-        elif line.startswith("| ") and len(cells) == len(names) + 1:
+            names = [cell.strip("`") for cell in cells[1:]]
+        elif line.startswith("| ") and not line.startswith("| **") and len(cells) == len(names) + 1:
             signs |= {(cells[0], name): cell for name, cell in zip(names, cells[1:], strict=True)}
+        elif not line:
+            names = []
     return signs
 
 
-LETTERS = {chr(ord("A") + i): entry.name for i, entry in enumerate(CALLBACKS)}
+FAMILIES = {
+    "grassmann": "Classes as subspaces",
+    "neural_collapse": "Neural collapse",
+    "simplicity_bias": "Simplicity bias",
+    "feature_shift": "Feature shift and prompts",
+    "transfer": "Transfer",
+}
+OTHERS = "Of no family"  # plans, reports, any loss on features
+AT_A_GLANCE = {  # what a newcomer asks first, and the conditions that answer
+    "AMP": ("bf16-mixed", "16-mixed, GradScaler"),
+    "accumulation": ("accumulate 3 batches",),
+    "DDP": ("two processes, by a script", "two processes, spawned"),
+    "FSDP2": ("FSDP2, classifier named",),
+    "compile": ("compiled module", "compiled network"),
+    "manual optimization": ("manual_backward",),
+    "resume": ("resume from last", "resume in mid-epoch"),
+    "EMA, SWA": ("EMA", "SWA"),
+}
+
+
+def families() -> dict[str, list[Entry]]:
+    """The entries of each family, by its title."""
+    found: dict[str, list[Entry]] = {title: [] for title in (*FAMILIES.values(), OTHERS)}
+    for entry in CALLBACKS:
+        found[FAMILIES.get(entry.cls.__module__.split(".")[2], OTHERS)].append(entry)
+    return {title: entries for title, entries in found.items() if entries}
 
 
 def missing() -> list[str]:
@@ -60,7 +93,7 @@ def missing() -> list[str]:
 
 def render(cells: Cells) -> str:
     """The whole page."""
-    return "\n".join([*_head(), *_tables(cells), *_lists(cells)]) + "\n"
+    return "\n".join([*_head(), *_glance(cells), *_tables(cells), *_lists(cells)]) + "\n"
 
 
 HEAD = """# Compatibility
@@ -76,6 +109,9 @@ Each callback under each condition, as `tests/conformance` found it. This page i
   many terms are.
 - `R`: refused by an error in the first batch, which says what to do instead; the module is left as it was.
 - `-`: not applicable, for the reason below.
+
+Each cell was run twice, with one outcome: the callback in the Trainer's list, and brought by the module
+(`mixins.CallbacksMixin`).
 """
 
 
@@ -83,21 +119,41 @@ def _head() -> Iterable[str]:
     yield HEAD
     yield (
         f"Versions: torch {torch.__version__.split('+')[0]}, lightning {lightning.__version__}, torchmetrics "
-        f"{torchmetrics.__version__}, Python {platform.python_version()}, on a CPU, processes by gloo.\n"
+        f"{torchmetrics.__version__}, Python {platform.python_version()}, on a CPU, processes by gloo."
     )
-    for letter, entry in zip(LETTERS, CALLBACKS, strict=True):
-        beside = f", beside {entry.beside[0].name}" if entry.beside else ""
-        yield f"- {letter}: `{entry.name}` ({entry.kind}{beside})"
+
+
+def _glance(cells: Cells) -> Iterable[str]:
+    yield "\n## At a glance\n"
+    yield "Yes: right under all conditions of that name. Refused: by an error in the first batch, with the way out.\n"
+    yield f"| callback | {' | '.join(AT_A_GLANCE)} |"
+    yield "|---" * (len(AT_A_GLANCE) + 1) + "|"
+    for entry in CALLBACKS:
+        answers = [_answer([cells[name, entry.name] for name in names]) for names in AT_A_GLANCE.values()]
+        yield f"| {_shown(entry)} | {' | '.join(answers)} |"
+
+
+def _answer(outcomes: list[Outcome]) -> str:
+    words = {outcome.word for outcome in outcomes} - {"not applicable"}
+    return {frozenset({"equal"}): "yes", frozenset({"refused"}): "refused", frozenset(): "-"}.get(
+        frozenset(words), "in part, see below"
+    )
+
+
+def _shown(entry: Entry) -> str:
+    return f"`{entry.name}`" + (f" beside `{entry.beside[0].name}`" if entry.beside else "")
 
 
 def _tables(cells: Cells) -> Iterable[str]:
-    for group in dict.fromkeys(condition.group for condition in CONDITIONS):
-        yield f"\n## {group}\n"
-        yield f"| | {' | '.join(LETTERS)} |"
-        yield "|---" * (len(CALLBACKS) + 1) + "|"
-        for condition in [condition for condition in CONDITIONS if condition.group == group]:
-            signs = [sign(cells[condition.name, entry.name]) for entry in CALLBACKS]
-            yield f"| {condition.name} | {' | '.join(signs)} |"
+    for title, entries in families().items():
+        yield f"\n## {title}\n"
+        yield f"| | {' | '.join(f'`{entry.name}`' for entry in entries)} |"
+        yield "|---" * (len(entries) + 1) + "|"
+        for group in dict.fromkeys(condition.group for condition in CONDITIONS):
+            yield f"| **{group}** |{' |' * len(entries)}"
+            for condition in [condition for condition in CONDITIONS if condition.group == group]:
+                signs = [sign(cells[condition.name, entry.name]) for entry in entries]
+                yield f"| {condition.name} | {' | '.join(signs)} |"
 
 
 def _lists(cells: Cells) -> Iterable[str]:
@@ -105,11 +161,10 @@ def _lists(cells: Cells) -> Iterable[str]:
         lines: dict[tuple[str, str], list[str]] = {}
         for (condition, name), outcome in cells.items():
             if outcome.word == word:
-                letter = next(letter for letter, entry in LETTERS.items() if entry == name)
                 said = outcome.detail if len(outcome.detail) < 300 else f"{outcome.detail[:300].rsplit(' ', 1)[0]} ..."
-                lines.setdefault((condition, said), []).append(letter)
+                lines.setdefault((condition, said), []).append(f"`{name}`")
         if lines:
             yield f"\n## {title}\n"
             order = [condition.name for condition in CONDITIONS]
-            for (condition, said), letters in sorted(lines.items(), key=lambda item: order.index(item[0][0])):
-                yield f"- {condition}, {', '.join(sorted(letters))}: {said}"
+            for (condition, said), names in sorted(lines.items(), key=lambda item: order.index(item[0][0])):
+                yield f"- {condition}, {', '.join(sorted(names))}: {said}"
