@@ -30,7 +30,7 @@ BELOW = {  # what of ours each room may import, beside itself
     "baselines": set(),
     "joints/run": set(),
     "joints/features": set(),
-    "joints/module": {"joints/features"},
+    "joints/module": {"joints/features", "joints/run"},
     "joints/loss": {"joints/features", "joints/module"},
     "joints/data": {"joints/features", "functional"},
     "joints/clip": {"joints/features"},

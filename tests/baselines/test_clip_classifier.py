@@ -14,7 +14,8 @@ from lightning_feat.baselines.clip_classifier import ClipClassifier
 from lightning_feat.baselines.clip_pretraining import SmallClipPretraining
 from lightning_feat.baselines.clip_sources import load_clip
 from lightning_feat.callbacks import PromptLearner
-from lightning_feat.joints.module.own_parameters import adopt, append_to_optimizer, load, release, save
+from lightning_feat.joints.module.own_checkpoints import load, save
+from lightning_feat.joints.module.own_parameters import adopt, append_to_optimizer, release
 from lightning_feat.joints.module.wraps import add_link, remove_link
 from tests.helpers import trainer
 

@@ -3,16 +3,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from lightning_feat.joints.clip.towers import ClipTowers, find_clip_towers
 from lightning_feat.joints.loss.engine import add_loss_term, remove_loss_term
 from lightning_feat.joints.loss.terms import LossTerm, WeightSchedule
 from lightning_feat.joints.module import own_parameters
+from lightning_feat.joints.module.brings_parameters import BringsParameters
 from lightning_feat.joints.module.wraps import add_link, overrides, remove_link
 from lightning_feat.joints.reference.runs import refuse_sharding
-from lightning_feat.joints.run.twins import refuse_averaging_before, refuse_twin
+from lightning_feat.joints.run.averaging import refuse_averaging_before
+from lightning_feat.joints.run.twins import refuse_twin
 from lightning_feat.layers.feature_shift.insertion import Insertion
 from lightning_feat.layers.feature_shift.prompts import Coupling, DeepPrompts, Kind, insert_prompts
 from lightning_feat.layers.feature_shift.surgery import SurgeryBlock, attach_surgery
@@ -21,7 +23,7 @@ _STRENGTHEN: dict[Kind, float] = {"text": 0.02, "image": 0.005}  # RESTORE's cod
 _KEY = "prompts"
 
 
-class PromptLearner(Callback):
+class PromptLearner(BringsParameters):
     """Teach a CLIP-like model prompts in its towers, in any LightningModule that holds one: CoOp, independent
     vision-language prompts, MaPLe, and RESTORE with its consistency by Gram norms and its surgery blocks.
 
@@ -86,6 +88,9 @@ class PromptLearner(Callback):
     def state_key(self) -> str:
         return "PromptLearner"
 
+    def brought(self) -> tuple[str, nn.Module] | None:
+        return None if self.learned is None else (_KEY, self.learned)
+
     @property
     def prompts(self) -> DeepPrompts:
         """The prompts, from ``setup`` on."""
@@ -133,14 +138,6 @@ class PromptLearner(Callback):
             pl_module.log("prompts/discrepancy", self.prompts.gram_discrepancy().detach().mean(), sync_dist=True)
         for kind, block in self._blocks():
             pl_module.log(f"prompts/ratio/{kind}", block.ratio.float(), sync_dist=True)
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if self.learned is not None:
-            own_parameters.save(trainer, checkpoint, _KEY, self.learned)
-
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if self.learned is not None:
-            own_parameters.load(trainer, checkpoint, _KEY, self.learned)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._take_out(pl_module)

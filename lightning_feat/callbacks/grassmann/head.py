@@ -15,7 +15,8 @@ from lightning_feat.joints.data.processes import full_tensor
 from lightning_feat.joints.module.head_swap import HeadSwap, named_or_found, take_places
 from lightning_feat.joints.module.own_parameters import optimizers_in
 from lightning_feat.joints.module.wraps import add_link, remove_link
-from lightning_feat.joints.run.twins import refuse_averaging_before, refuse_twin
+from lightning_feat.joints.run.averaging import refuse_averaging_before, refuse_other_copies
+from lightning_feat.joints.run.twins import refuse_twin
 from lightning_feat.layers.grassmann import GrassmannLinear, local_part
 from lightning_feat.optim.grassmann.step import SubspaceStep, Update, follow_subspaces, following
 
@@ -98,6 +99,7 @@ class GrassmannHead(Callback):
             add_link(pl_module, "configure_optimizers", self.state_key, _FollowOptimizers(self))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        refuse_other_copies(trainer, pl_module, self._label(pl_module), "GrassmannHead")
         self.follow(pl_module, trainer.optimizers)
         basis = self.head(pl_module).basis
         if basis.requires_grad and not any(step.holds(basis) for step in [*self.steps.values(), *self.others.values()]):

@@ -3,7 +3,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from lightning_feat.functional.neural_collapse.losses import (
@@ -17,12 +17,13 @@ from lightning_feat.joints.features.heads import find_classifier
 from lightning_feat.joints.features.taps import FeatureTap, Pooling, Read
 from lightning_feat.joints.loss.engine import add_loss_term, remove_loss_term
 from lightning_feat.joints.loss.terms import FeatureLossTerm, LossTerm, Weight, WeightSchedule
-from lightning_feat.joints.module import own_parameters
+from lightning_feat.joints.module.brings_parameters import BringsParameters
 from lightning_feat.joints.module.wraps import add_link, overrides, remove_link
+from lightning_feat.joints.run.averaging import refuse_averaging_before
 from lightning_feat.joints.run.twins import refuse_twin
 
 
-class NeuralCollapseRegularizer(Callback):
+class NeuralCollapseRegularizer(BringsParameters):
     """Draw the features of each class to a mean, and the means towards a simplex; or hold both back.
 
     The means ``(C, D)`` are parameters, trained by the user's optimizer in a group that exists. The *pull* draws
@@ -106,6 +107,9 @@ class NeuralCollapseRegularizer(Callback):
     def state_key(self) -> str:
         return f"NeuralCollapseRegularizer[{self.tap.label}]"
 
+    def brought(self) -> tuple[str, nn.Module] | None:
+        return None if self.pull is None else (self.pull.key, self.pull.means)
+
     @property
     def means(self) -> Tensor:
         """The class means ``(C, D)`` as they were trained; there are none before the first fit."""
@@ -117,6 +121,7 @@ class NeuralCollapseRegularizer(Callback):
         refuse_twin(trainer, self)
         if stage != "fit":
             return
+        refuse_averaging_before(trainer, self)
         known = self.num_classes is not None and self.num_features is not None
         if known or not any(overrides(pl_module, hook) for hook in ("setup", "configure_model")):
             self.bring_in(pl_module)  # early, so that averaging callbacks copy a module with the means
@@ -128,14 +133,6 @@ class NeuralCollapseRegularizer(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._let_go(pl_module)  # after an exception Lightning does not call teardown
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if self.pull is not None:
-            own_parameters.save(trainer, checkpoint, self.pull.key, self.pull.means)
-
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if self.pull is not None:
-            own_parameters.load(trainer, checkpoint, self.pull.key, self.pull.means)
 
     def bring_in(self, pl_module: LightningModule) -> None:
         """Add both terms to the loss of ``pl_module``; its layers must be there. A second time changes nothing."""

@@ -17,7 +17,8 @@ from lightning_feat.joints.loss.terms import LossTerm, Weight
 from lightning_feat.joints.module.head_swap import HeadSwap, named_or_found, take_places
 from lightning_feat.joints.module.own_parameters import optimizers_in
 from lightning_feat.joints.module.wraps import add_link, remove_link
-from lightning_feat.joints.run.twins import refuse_averaging_before, refuse_twin
+from lightning_feat.joints.run.averaging import refuse_averaging_before, refuse_other_copies
+from lightning_feat.joints.run.twins import refuse_twin
 from lightning_feat.layers.neural_collapse import SimplexETF, SparseETF
 
 ClassCounts: TypeAlias = Sequence[int] | Literal["batch"] | None
@@ -73,6 +74,9 @@ class SimplexETFHead(Callback):
         add_link(pl_module, "configure_model", self.state_key, swap)
         if stage == "fit":
             add_link(pl_module, "configure_optimizers", self.state_key, _TakePlaces(self.layer))
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        refuse_other_copies(trainer, pl_module, named_or_found(pl_module, self.layer)[0], "SimplexETFHead")
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         label = named_or_found(pl_module, self.layer)[0]

@@ -3,7 +3,7 @@
 They live in a submodule of the LightningModule (so that DDP, devices and ``self.parameters()`` know them) and in an
 existing parameter group (a group of their own would break schedulers and rename what ``LearningRateMonitor`` logs).
 In a checkpoint they stand under a key of their own, and so does their optimizer state, so that checkpoints written
-with and without them can be exchanged.
+with and without them can be exchanged: see ``own_checkpoints``.
 
 Under FSDP2 they come in when the user has sharded his module, each process holds all of them, and their gradients are
 averaged as DDP does. Until the fit ends they are DTensors, since neither clipping nor an optimizer that works on lists
@@ -11,7 +11,6 @@ takes tensors of two kinds. Sharded checkpoints are written from the module itse
 resume such a run with the same callbacks.
 """
 
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -21,8 +20,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-_NAME = "_feat_own"
-_CHECKPOINT_KEY = "lightning_feat_own_parameters"
+NAME = "_feat_own"  # of the submodule
 
 
 class _OwnParameters(nn.ModuleDict):
@@ -70,7 +68,7 @@ def adopt_sharded(module: LightningModule, key: str, submodule: nn.Module) -> No
                 data = distribute_tensor(parameter.detach(), mesh["data_parallel"], [Replicate()])
                 spread[id(parameter)] = nn.Parameter(data, parameter.requires_grad)
             holder._parameters[name] = spread[id(parameter)]
-    module._modules[_NAME].marked()  # type: ignore[union-attr,operator]
+    module._modules[NAME].marked()  # type: ignore[union-attr,operator]
 
 
 @contextmanager
@@ -109,32 +107,32 @@ def _held(submodule: nn.Module) -> list[tuple[nn.Module, str, Any]]:
 
 
 def _adopt(module: LightningModule, key: str, submodule: nn.Module) -> None:
-    own = module._modules.get(_NAME)
+    own = module._modules.get(NAME)
     if not isinstance(own, _OwnParameters):
         own = _OwnParameters()
-        module.add_module(_NAME, own)
+        module.add_module(NAME, own)
         module.__dict__["_feat_own_handles"] = (
             module.register_state_dict_post_hook(_hide),
             module.register_load_state_dict_pre_hook(_fill),
         )
-    own[_safe(key)] = submodule.to(module.device)
+    own[safe(key)] = submodule.to(module.device)
     own.marked()
 
 
 def release(module: LightningModule, key: str) -> None:
     """Undo ``adopt``; the submodule keeps its values. Nothing happens if it is not there."""
-    own = module._modules.get(_NAME)
-    if not isinstance(own, _OwnParameters) or _safe(key) not in own:
+    own = module._modules.get(NAME)
+    if not isinstance(own, _OwnParameters) or safe(key) not in own:
         return
     plain: dict[int, nn.Parameter] = {}
-    for holder, name, parameter in _held(own[_safe(key)]):
+    for holder, name, parameter in _held(own[safe(key)]):
         if hasattr(parameter, "to_local"):  # every process has all of it
             if id(parameter) not in plain:
                 plain[id(parameter)] = nn.Parameter(parameter.detach().to_local(), parameter.requires_grad)
             holder._parameters[name] = plain[id(parameter)]
-    del own[_safe(key)]
+    del own[safe(key)]
     if not len(own):
-        del module._modules[_NAME]
+        del module._modules[NAME]
         for handle in module.__dict__.pop("_feat_own_handles", ()):
             handle.remove()
 
@@ -142,13 +140,45 @@ def release(module: LightningModule, key: str) -> None:
 def append_to_optimizer(own: nn.Module, configured: Any, near: nn.Module) -> None:
     """Append the own parameters that no optimizer holds yet to the last group of the optimizer that trains ``near``, or
     else of the first: another one would zero their gradients, or never see them.
+
+    Raises:
+        ValueError: if that optimizer has dealt its parameters out to processes already.
     """
     optimizers = optimizers_in(configured)
     if not optimizers:
         return
-    held = {id(p): optimizer for optimizer in optimizers for p in _in_order(optimizer)}
+    held = {id(p): optimizer for optimizer in optimizers for p in in_order(optimizer)}
     optimizer = next((held[id(p)] for p in near.parameters() if id(p) in held), optimizers[0])
-    optimizer.param_groups[-1]["params"] += [p for p in own.parameters() if id(p) not in held]
+    _append(optimizer, -1, [p for p in own.parameters() if id(p) not in held])
+    for i, optimizer in enumerate(optimizers):
+        for j, group in enumerate(optimizer.param_groups):
+            for p in group["params"]:
+                if hasattr(p, "_feat_own"):
+                    p._feat_place = i, j
+
+
+def keep_in_optimizers(optimizers: Sequence[Optimizer], module: nn.Module) -> None:
+    """Put own parameters back where they stood, should somebody have made new groups without them, as fine-tuning
+    callbacks do when a run resumes. Nothing happens to those that an optimizer holds.
+    """
+    own = module._modules.get(NAME)
+    if own is None or not optimizers:
+        return
+    held = {id(p) for optimizer in optimizers for p in in_order(optimizer)}
+    for p in own.parameters():
+        if id(p) not in held:
+            i, j = getattr(p, "_feat_place", (0, -1))
+            optimizer = optimizers[min(i, len(optimizers) - 1)]
+            _append(optimizer, min(j, len(optimizer.param_groups) - 1), [p])
+
+
+def _append(optimizer: Optimizer, index: int, parameters: list[nn.Parameter]) -> None:
+    if parameters and type(optimizer).__name__ == "ZeroRedundancyOptimizer":
+        raise ValueError(
+            "ZeroRedundancyOptimizer deals parameters out to the processes when it is made, so that none can join it "
+            "later: make it of self.parameters() in configure_optimizers, which has those of callbacks too."
+        )
+    optimizer.param_groups[index]["params"] += parameters
 
 
 def optimizers_in(configured: Any) -> list[Optimizer]:
@@ -163,86 +193,31 @@ def optimizers_in(configured: Any) -> list[Optimizer]:
     return []
 
 
-def save(trainer: Trainer, checkpoint: dict[str, Any], key: str, submodule: nn.Module) -> None:
-    """Store the submodule and split its optimizer state off; for ``on_save_checkpoint`` of the callback that brought
-    it.
-    """
-    if _keys_stay_visible(trainer):
-        return
-    stored = checkpoint.setdefault(_CHECKPOINT_KEY, {"modules": {}})
-    stored["modules"][_safe(key)] = submodule.state_dict()
-    if "optimizers" in stored or "optimizer_states" not in checkpoint:
-        return  # an earlier callback has split off the state of all own parameters
-    stored["optimizers"] = []
-    for i, (optimizer, state) in enumerate(zip(trainer.optimizers, checkpoint["optimizer_states"], strict=True)):
-        order = _in_order(optimizer)
-        new = {old: i for i, old in enumerate(old for old, p in enumerate(order) if not hasattr(p, "_feat_own"))}
-        mine = {old: p._feat_own for old, p in enumerate(order) if hasattr(p, "_feat_own")}
-        stored["optimizers"].append({name: state["state"][old] for old, name in mine.items() if old in state["state"]})
-        groups = [{**g, "params": [new[old] for old in g["params"] if old in new]} for g in state["param_groups"]]
-        kept = {new[old]: entry for old, entry in state["state"].items() if old in new}
-        checkpoint["optimizer_states"][i] = {"state": kept, "param_groups": groups}
-
-
-def load(trainer: Trainer, checkpoint: dict[str, Any], key: str, submodule: nn.Module) -> None:
-    """Undo ``save``; for ``on_load_checkpoint``. A checkpoint without the submodule leaves it as it is."""
-    if _keys_stay_visible(trainer):
-        return
-    stored = checkpoint.get(_CHECKPOINT_KEY, {})
-    if _safe(key) in stored.get("modules", {}):
-        submodule.load_state_dict(stored["modules"][_safe(key)])
-    strategy = trainer.strategy
-    if "load_optimizer_state_dict" not in strategy.__dict__:
-        # The optimizers do not exist yet, so their part waits until Lightning loads theirs.
-        strategy.load_optimizer_state_dict = functools.partial(_load_optimizers, trainer)  # type: ignore[method-assign]
-
-
-def _load_optimizers(trainer: Trainer, checkpoint: Mapping[str, Any]) -> None:
-    strategy = trainer.strategy
-    del strategy.__dict__["load_optimizer_state_dict"]
-    stored: list[dict[str, Any]] = checkpoint.get(_CHECKPOINT_KEY, {}).get("optimizers", [])
-    states = []
-    for i, (optimizer, state) in enumerate(zip(strategy.optimizers, checkpoint["optimizer_states"], strict=False)):
-        order = _in_order(optimizer)
-        users = [position for position, p in enumerate(order) if not hasattr(p, "_feat_own")]
-        entries = {users[old]: entry for old, entry in state["state"].items()}
-        mine = stored[i] if i < len(stored) else {}
-        entries |= {
-            position: mine[p._feat_own] for position, p in enumerate(order) if getattr(p, "_feat_own", None) in mine
-        }
-        groups, start = [], 0
-        for saved, live in zip(state["param_groups"], optimizer.param_groups, strict=False):
-            groups.append({**saved, "params": list(range(start, start + len(live["params"])))})
-            start += len(live["params"])
-        states.append({"state": entries, "param_groups": groups})
-    strategy.load_optimizer_state_dict({**checkpoint, "optimizer_states": states})
-
-
-def _keys_stay_visible(trainer: Trainer) -> bool:
+def keys_stay_visible(trainer: Trainer) -> bool:
     return type(trainer.strategy).__name__ == "ModelParallelStrategy"
 
 
-def _in_order(optimizer: Optimizer) -> list[Any]:
+def in_order(optimizer: Optimizer) -> list[Any]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def _safe(key: str) -> str:
+def safe(key: str) -> str:
     return key.replace(".", "/")  # the name of a submodule has no dots
 
 
 def _hide(module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
     if not _visible(module):
-        for name in [name for name in state_dict if name.startswith(f"{prefix}{_NAME}.")]:
+        for name in [name for name in state_dict if name.startswith(f"{prefix}{NAME}.")]:
             del state_dict[name]
 
 
 def _fill(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    own = module._modules.get(_NAME)
+    own = module._modules.get(NAME)
     if own is not None:
-        for name, value in own.state_dict(prefix=f"{prefix}{_NAME}.").items():
+        for name, value in own.state_dict(prefix=f"{prefix}{NAME}.").items():
             state_dict.setdefault(name, value)
 
 
 def _visible(module: nn.Module) -> bool:
     trainer = getattr(module, "_trainer", None)
-    return trainer is not None and _keys_stay_visible(trainer)
+    return trainer is not None and keys_stay_visible(trainer)

@@ -12,15 +12,3 @@ def refuse_twin(trainer: Trainer, callback: Callback) -> None:
     twins = [other for other in callbacks_of(trainer) if type(other) is type(callback) and other is not callback]
     if any(other.state_key == callback.state_key for other in twins):
         raise ValueError(f"the Trainer has {callback.state_key} twice: keep one, or give them different layers.")
-
-
-def refuse_averaging_before(trainer: Trainer, callback: Callback) -> None:
-    """Raise a ``ValueError`` if an averaging callback copies the module before this callback has changed it."""
-    callbacks = callbacks_of(trainer)
-    for other in callbacks[: callbacks.index(callback)]:
-        if any(cls.__name__ in ("WeightAveraging", "StochasticWeightAveraging") for cls in type(other).__mro__):
-            name = type(callback).__name__
-            raise ValueError(
-                f"{type(other).__name__} stands before {name} and would average the old classifier: put {name} before "
-                "it in Trainer(callbacks=[...])."
-            )
