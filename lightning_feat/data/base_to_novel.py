@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
-from lightning_feat.data.digits import by_hash
 from lightning_feat.data.image_folder import ImageFolderDataModule
+from lightning_feat.data.parts import by_hash
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -99,14 +99,14 @@ class BaseToNovelDataModule(ImageFolderDataModule):
         self.novel_test_set = _Renumbered(self._half(self.test_set, range(half, len(self.classes))), half)
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, int]]:
-        return self._loader(self.few_set, shuffle=True)
+        return self.loader(self.few_set, shuffle=True)
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, int]]:
-        return self._loader(self.base_val_set)
+        return self.loader(self.base_val_set)
 
     def test_dataloader(self) -> Any:
         """Of the base classes, and of the novel ones."""
-        return [self._loader(self.base_test_set), self._loader(self.novel_test_set)]
+        return [self.loader(self.base_test_set), self.loader(self.novel_test_set)]
 
     def predict_dataloader(self) -> Any:
         """As the test."""

@@ -9,11 +9,11 @@ scene is and how it comes about is in ``scenes``.
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from lightning import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from lightning_feat.data.digits import by_hash, load_digits
+from lightning_feat.data.digits import load_digits
+from lightning_feat.data.parts import Part, PartsDataModule, by_hash
 from lightning_feat.data.scenes import (
     TEMPLATES,
     Composition,
@@ -32,7 +32,7 @@ from lightning_feat.data.scenes import (
 PIXEL_MEAN, PIXEL_STD = 0.27, 0.15  # those of all channels in pre-training, about
 
 
-class CaptionedDigitsDataModule(LightningDataModule):
+class CaptionedDigitsDataModule(PartsDataModule):
     """Composed digits, as pairs of images and captions to pre-train a CLIP on, or as few-shot classes to tune it on.
 
     Images are ``(N, 3, image_size, image_size)`` float32, about zero in the mean and one in standard deviation. With
@@ -89,13 +89,11 @@ class CaptionedDigitsDataModule(LightningDataModule):
         shot_seed: int = 0,
         num_workers: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size, num_workers, "picture")
         if task not in ("classes", "pairs"):
             raise ValueError(f"task={task!r}: choose 'classes' or 'pairs'.")
-        if min(batch_size, test_per_class, num_pairs) < 1 or num_workers < 0:
-            raise ValueError(
-                f"{batch_size=}, {test_per_class=} and {num_pairs=} are at least 1, {num_workers=} at least 0."
-            )
+        if min(test_per_class, num_pairs) < 1:
+            raise ValueError(f"{test_per_class=} and {num_pairs=} must be at least 1.")
         if not 1 <= shots <= 16:
             raise ValueError(f"shots={shots}: give 1 to 16; there is not enough handwriting for more.")
         if not 2 <= num_classes <= 40:
@@ -106,7 +104,7 @@ class CaptionedDigitsDataModule(LightningDataModule):
             raise ValueError(f"{caption_noise=} and {shift=}: give numbers in [0, 1].")
         if image_size < 16:
             raise ValueError(f"image_size={image_size}: below 16 pixels a digit cannot be read at half the width.")
-        self.task, self.batch_size, self.num_workers = task, batch_size, num_workers
+        self.task = task
         self.shots, self.test_per_class, self.num_pairs = shots, test_per_class, num_pairs
         self.caption_noise, self.shift, self.image_size = caption_noise, shift, image_size
         self.seed, self.shot_seed = seed, shot_seed
@@ -158,43 +156,33 @@ class CaptionedDigitsDataModule(LightningDataModule):
         targets = [place for place in range(len(compositions)) for _ in range(per_class)]
         return ComposedPart(compose(self._images, scenes, self.shift, self.image_size), targets, scenes)
 
-    def train_dataloader(self) -> DataLoader[tuple[Tensor, Any]]:
-        return self._loader(self.train_set, training=True)
+    def train_dataloader(self) -> DataLoader[Any]:
+        pairs = self.task == "pairs"
+        return self.loader(self.train_set, shuffle=True, drop_last=pairs and len(self.train_set) > self.batch_size)
 
-    def val_dataloader(self) -> DataLoader[tuple[Tensor, Any]]:
-        return self._loader(self.val_set)
+    def val_dataloader(self) -> DataLoader[Any]:
+        return self._unshuffled(self.val_set)
 
-    def test_dataloader(self) -> list[DataLoader[tuple[Tensor, Any]]]:
+    def test_dataloader(self) -> list[DataLoader[Any]]:
         """Base and novel classes, one loader each."""
         if self.task == "pairs":
             raise ValueError("task='pairs' has no test: zero-shot accuracy is measured with task='classes'.")
-        return [self._loader(self.test_set), self._loader(self.novel_test_set)]
+        return [self._unshuffled(self.test_set), self._unshuffled(self.novel_test_set)]
 
-    def _loader(self, part: "ComposedPart", training: bool = False) -> DataLoader[tuple[Tensor, Any]]:
-        return DataLoader(
-            part,
-            # A contrastive loss sees more in a larger batch of evaluation, and cannot be compared between sizes.
-            batch_size=self.batch_size if training or self.task == "pairs" else max(self.batch_size, 100),
-            shuffle=training,
-            drop_last=training and self.task == "pairs" and len(part) > self.batch_size,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-        )
+    predict_dataloader = test_dataloader
+
+    def _unshuffled(self, part: "ComposedPart") -> DataLoader[Any]:
+        # A contrastive loss sees more in a larger batch of evaluation, and cannot be compared between sizes.
+        return self.loader(part, batch_size=self.batch_size if self.task == "pairs" else max(self.batch_size, 100))
 
 
-class ComposedPart(Dataset[tuple[Tensor, Any]]):
+class ComposedPart(Part):
     """Pictures kept as bytes, as files would, each with its caption or target; ``scenes`` says what is in them."""
 
+    thing = "picture"
+
     def __init__(self, images: Tensor, labels: Sequence[Any], scenes: Scenes) -> None:
-        self.images, self.labels, self.scenes = images, labels, scenes
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"picture {index} of {len(self)}")  # ends a plain `for` over the part
-        return self.__getitems__([index % len(self)])[0]
+        self.images, self.labels, self.targets, self.scenes = images, labels, labels, scenes
 
     def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, Any]]:
         """What a ``DataLoader`` calls for a whole batch."""

@@ -9,16 +9,15 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from lightning import LightningDataModule
 from torch import Tensor
 from torch.nn.functional import pad
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from lightning_feat.data.cifar_files import KNOWN, Name, read_cifar
-from lightning_feat.data.digits import by_hash
+from lightning_feat.data.parts import Part, PartsDataModule, by_hash, check_share
 
 
-class CifarDataModule(LightningDataModule):
+class CifarDataModule(PartsDataModule):
     """CIFAR-10 or CIFAR-100 in batches ``(images, targets)``, read from a folder of yours.
 
     Images are ``(N, 3, 32, 32)`` float32, each channel about zero in the mean and one in standard deviation; targets
@@ -69,19 +68,15 @@ class CifarDataModule(LightningDataModule):
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size, num_workers, "image")
         if name not in get_args(Name):
             raise ValueError(f"name={name!r}: choose 'cifar10' or 'cifar100'.")
-        if batch_size < 1 or num_workers < 0:
-            raise ValueError(f"{batch_size=} is at least 1, {num_workers=} at least 0.")
         if not 0 <= padding <= 32:
             raise ValueError(f"padding={padding}: images have 32 x 32 pixels, so give 0 to 32.")
-        if not 0 <= val_fraction < 1:
-            raise ValueError(f"val_fraction={val_fraction}: give the share of each class as a number in [0, 1).")
+        check_share("val_fraction", val_fraction)
         self.root, self.files = Path(root), KNOWN[name]
         self.dataset: Name = name
         self.num_classes = self.files.num_classes
-        self.batch_size, self.num_workers = batch_size, num_workers
         self.padding, self.flip, self.val_fraction, self.seed = padding, flip, val_fraction, seed
 
     def setup(self, stage: str | None = None) -> None:
@@ -115,37 +110,16 @@ class CifarDataModule(LightningDataModule):
             val += ordered[:num_val]
         return torch.tensor(sorted(train), dtype=torch.long), torch.tensor(sorted(val), dtype=torch.long)
 
-    def train_dataloader(self) -> DataLoader[tuple[Tensor, int]]:
-        return self._loader(self.train_set, shuffle=True)
-
-    def clean_train_dataloader(self) -> DataLoader[tuple[Tensor, int]]:
+    def clean_train_dataloader(self) -> DataLoader[Any]:
         """The training images in their order, without augmentation."""
-        return self._loader(self.train_set.without_augmentation())
-
-    def val_dataloader(self) -> DataLoader[tuple[Tensor, int]] | list[Any]:
-        """No loader if nothing is held out."""
-        return [] if self.val_set is None else self._loader(self.val_set)
-
-    def test_dataloader(self) -> DataLoader[tuple[Tensor, int]]:
-        return self._loader(self.test_set)
-
-    def predict_dataloader(self) -> DataLoader[tuple[Tensor, int]]:
-        """The test part, in the published order."""
-        return self._loader(self.test_set)
-
-    def _loader(self, part: "CifarPart", shuffle: bool = False) -> DataLoader[tuple[Tensor, int]]:
-        return DataLoader(
-            part,
-            batch_size=self.batch_size,  # by name: Lightning makes loaders anew, and would give shuffle twice
-            shuffle=shuffle,
-            num_workers=self.num_workers,
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=self.num_workers > 0,
-        )
+        return self.loader(self.train_set.without_augmentation())
 
 
-class CifarPart(Dataset[tuple[Tensor, int]]):
+class CifarPart(Part):
     """Some of the images, kept as bytes ``(N, 3, 32, 32)``, augmented and standardised when they are asked for."""
+
+    thing = "image"
+    targets: Tensor
 
     def __init__(
         self,
@@ -162,14 +136,6 @@ class CifarPart(Dataset[tuple[Tensor, int]]):
     def without_augmentation(self) -> "CifarPart":
         """The same images, which share their memory."""
         return CifarPart(self.images, self.targets, self.mean, self.std)
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"image {index} of {len(self)}")  # ends a plain `for` over the part
-        return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, int]]:
         """What a ``DataLoader`` calls for a whole batch."""

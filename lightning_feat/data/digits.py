@@ -5,20 +5,19 @@ hash of the seed and the number of the digit, so that two machines and any two v
 """
 
 from collections.abc import Sequence
-from hashlib import sha256
 from typing import Any
 
 import torch
-from lightning import LightningDataModule
 from torch import Tensor
 from torch.nn.functional import interpolate
-from torch.utils.data import DataLoader, Dataset
+
+from lightning_feat.data.parts import Part, PartsDataModule, by_hash, check_share, hash_of
 
 # Mean and standard deviation of the pixels of all 1,797 digits, scaled from [0, 16] to [0, 1].
 PIXEL_MEAN, PIXEL_STD = 0.30526, 0.37605
 
 
-class DigitsDataModule(LightningDataModule):
+class DigitsDataModule(PartsDataModule):
     """The handwritten digits of scikit-learn, split by class, in batches ``(images, targets)``.
 
     Images are ``(N, channels, image_size, image_size)`` float32, about zero in the mean and one in standard deviation;
@@ -69,12 +68,9 @@ class DigitsDataModule(LightningDataModule):
         num_workers: int = 0,
         return_index: bool = False,
     ) -> None:
-        super().__init__()
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size}: a batch needs at least one image.")
-        for name, fraction in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
-            if not 0 <= fraction < 1:
-                raise ValueError(f"{name}={fraction}: give the share of each class as a number in [0, 1).")
+        super().__init__(batch_size, num_workers, "image")
+        check_share("val_fraction", val_fraction)
+        check_share("test_fraction", test_fraction)
         if val_fraction + test_fraction >= 1:
             raise ValueError(f"{val_fraction=} and {test_fraction=} leave nothing to train on: their sum must be < 1.")
         if train_per_class is not None and train_per_class < 1:
@@ -87,9 +83,6 @@ class DigitsDataModule(LightningDataModule):
             raise ValueError(f"image_size={image_size}: an image needs at least one pixel; the digits come with 8 x 8.")
         if channels not in (1, 3):
             raise ValueError(f"channels={channels}: the digits are grey, so give 1, or 3 for equal colour channels.")
-        if num_workers < 0:
-            raise ValueError(f"num_workers={num_workers}: give zero or more worker processes.")
-        self.batch_size, self.num_workers = batch_size, num_workers
         self.val_fraction, self.test_fraction = val_fraction, test_fraction
         self.train_per_class, self.imbalance_factor, self.label_noise = train_per_class, imbalance_factor, label_noise
         self.image_size, self.channels, self.seed, self.return_index = image_size, channels, seed, return_index
@@ -144,31 +137,12 @@ class DigitsDataModule(LightningDataModule):
                 )
         return torch.cat([members[:size] for members, size in zip(train, sizes, strict=True)]).sort().values
 
-    def train_dataloader(self) -> DataLoader[tuple[Tensor | int, ...]]:
-        return self._loader(self.train_set, shuffle=True)
 
-    def val_dataloader(self) -> DataLoader[tuple[Tensor | int, ...]]:
-        return self._loader(self.val_set)
-
-    def test_dataloader(self) -> DataLoader[tuple[Tensor | int, ...]]:
-        return self._loader(self.test_set)
-
-    def predict_dataloader(self) -> DataLoader[tuple[Tensor | int, ...]]:
-        """The test part, in the order of ``test_indices``."""
-        return self._loader(self.test_set)
-
-    def _loader(self, part: "DigitsPart", shuffle: bool = False) -> DataLoader[tuple[Tensor | int, ...]]:
-        return DataLoader(
-            part,
-            batch_size=self.batch_size,  # by name: Lightning makes loaders anew, and would give shuffle twice
-            shuffle=shuffle,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-        )
-
-
-class DigitsPart(Dataset[tuple[Tensor | int, ...]]):
+class DigitsPart(Part):
     """Some of the digits, kept 8 x 8 and enlarged when they are asked for: at 224 pixels all would fill a gigabyte."""
+
+    thing = "digit"
+    targets: Tensor
 
     def __init__(
         self,
@@ -181,14 +155,6 @@ class DigitsPart(Dataset[tuple[Tensor | int, ...]]):
     ) -> None:
         self.images, self.targets, self.clean_targets = images, targets, clean_targets
         self.image_size, self.channels, self.return_index = image_size, channels, return_index
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __getitem__(self, index: int) -> tuple[Tensor | int, ...]:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"digit {index} of {len(self)}")  # ends a plain `for` over the part
-        return self.__getitems__([index % len(self)])[0]
 
     def __getitems__(self, indices: list[int]) -> list[tuple[Tensor | int, ...]]:
         """What a ``DataLoader`` calls for a whole batch: one resize for all."""
@@ -212,16 +178,6 @@ def load_digits() -> tuple[Tensor, Tensor]:
         ) from error
     bunch: dict[str, Any] = load_bunch()
     return torch.as_tensor(bunch["images"], dtype=torch.float32) / 16, torch.as_tensor(bunch["target"]).long()
-
-
-def hash_of(index: int, salt: str) -> int:
-    """A large number that looks random, and is the same everywhere."""
-    return int.from_bytes(sha256(f"{salt}:{index}".encode()).digest(), "big")
-
-
-def by_hash(indices: Sequence[int], salt: str) -> list[int]:
-    """The indices in an order that looks random; taking some away leaves the order of the others as it was."""
-    return sorted(indices, key=lambda index: hash_of(index, salt))
 
 
 def flip_labels(targets: Tensor, indices: Tensor, share: float, num_classes: int, seed: int) -> Tensor:

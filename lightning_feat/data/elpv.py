@@ -7,18 +7,16 @@ machine. Mirroring of training images draws from torch's global generator.
 from typing import Any
 
 import torch
-from lightning import LightningDataModule
 from torch import Tensor
 from torch.nn.functional import interpolate
-from torch.utils.data import DataLoader, Dataset
 
-from lightning_feat.data.digits import by_hash
+from lightning_feat.data.parts import Part, PartsDataModule, by_hash
 
 # Mean and standard deviation of the pixels of all 2,624 photographs, scaled from [0, 255] to [0, 1].
 PIXEL_MEAN, PIXEL_STD = 0.59675, 0.16062
 
 
-class ElpvDataModule(LightningDataModule):
+class ElpvDataModule(PartsDataModule):
     """Electroluminescence photographs of solar cells, split by defect and cell type, in batches ``(images, targets)``.
 
     Images are ``(N, channels, image_size, image_size)`` float32, about zero in the mean and one in standard deviation;
@@ -55,9 +53,7 @@ class ElpvDataModule(LightningDataModule):
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:
-        super().__init__()
-        if batch_size < 1 or num_workers < 0:
-            raise ValueError(f"{batch_size=} is at least 1, {num_workers=} at least 0.")
+        super().__init__(batch_size, num_workers, "photograph")
         if num_classes not in (2, 4):
             raise ValueError(f"num_classes={num_classes}: choose 2, sound and broken, or 4 defect probabilities.")
         if not 1 <= image_size <= 300:
@@ -66,7 +62,7 @@ class ElpvDataModule(LightningDataModule):
             raise ValueError(f"channels={channels}: the photographs are grey, so give 1, or 3 for equal channels.")
         if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
             raise ValueError(f"{val_fraction=} and {test_fraction=}: give shares in [0, 1) whose sum is below 1.")
-        self.batch_size, self.num_classes, self.num_workers = batch_size, num_classes, num_workers
+        self.num_classes = num_classes
         self.image_size, self.channels, self.flip = image_size, channels, flip
         self.val_fraction, self.test_fraction, self.seed = val_fraction, test_fraction, seed
 
@@ -92,42 +88,15 @@ class ElpvDataModule(LightningDataModule):
             parts[2] += members[:num_test]
         return [torch.tensor(sorted(part), dtype=torch.long) for part in parts]
 
-    def train_dataloader(self) -> DataLoader[tuple[Tensor, int]]:
-        return self._loader(self.train_set, shuffle=True)
 
-    def val_dataloader(self) -> DataLoader[tuple[Tensor, int]]:
-        return self._loader(self.val_set)
-
-    def test_dataloader(self) -> DataLoader[tuple[Tensor, int]]:
-        return self._loader(self.test_set)
-
-    def predict_dataloader(self) -> DataLoader[tuple[Tensor, int]]:
-        """The test part, in the order of ``test_indices``."""
-        return self._loader(self.test_set)
-
-    def _loader(self, part: "ElpvPart", shuffle: bool = False) -> DataLoader[tuple[Tensor, int]]:
-        return DataLoader(
-            part,
-            batch_size=self.batch_size,  # by name: Lightning makes loaders anew, and would give shuffle twice
-            shuffle=shuffle,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-        )
-
-
-class ElpvPart(Dataset[tuple[Tensor, int]]):
+class ElpvPart(Part):
     """Some of the photographs, kept as bytes ``(N, H, W)`` and standardised when they are asked for."""
+
+    thing = "photograph"
+    targets: Tensor
 
     def __init__(self, images: Tensor, targets: Tensor, indices: Tensor, channels: int, flip: bool = False) -> None:
         self.images, self.targets, self.channels, self.flip = images[indices], targets[indices], channels, flip
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"photograph {index} of {len(self)}")  # ends a plain `for` over the part
-        return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, int]]:
         """What a ``DataLoader`` calls for a whole batch."""

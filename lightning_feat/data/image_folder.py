@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
+
+from lightning_feat.data.parts import PartsDataModule
 
 if TYPE_CHECKING:
     from torchvision.datasets import ImageFolder
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-class ImageFolderDataModule(LightningDataModule):
+class ImageFolderDataModule(PartsDataModule):
     """Images under ``root/train/<class>/`` and ``root/val/<class>/``, in batches ``(images, targets)``.
 
     Images are ``(N, 3, image_size, image_size)`` float32, targets ``(N,)`` int64: the place of the class folder in the
@@ -75,9 +76,9 @@ class ImageFolderDataModule(LightningDataModule):
         test_folder: str = "val",
         num_workers: int = 0,
     ) -> None:
-        super().__init__()
-        if batch_size < 1 or image_size < 1 or num_workers < 0:
-            raise ValueError(f"{batch_size=} and {image_size=} are at least 1, {num_workers=} at least 0.")
+        super().__init__(batch_size, num_workers, "image")
+        if image_size < 1:
+            raise ValueError(f"image_size={image_size}: an image needs at least one pixel.")
         if not 0 < crop_pct <= 1 or not 0 < min_scale <= 1:
             raise ValueError(f"{crop_pct=} and {min_scale=}: give shares in (0, 1].")
         if color_jitter < 0 or not 0 <= random_erasing <= 1:
@@ -86,7 +87,7 @@ class ImageFolderDataModule(LightningDataModule):
             raise ValueError(f"{interpolation=}: choose 'bilinear' or 'bicubic'.")
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
             raise ValueError(f"{mean=} and {std=}: give three numbers each, one a channel, the latter positive.")
-        self.root, self.batch_size, self.num_workers = Path(root), batch_size, num_workers
+        self.root = Path(root)
         self.train_folder, self.val_folder, self.test_folder = train_folder, val_folder, test_folder
         self.common: dict[str, Any] = {
             "input_size": image_size,
@@ -145,28 +146,7 @@ class ImageFolderDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader[tuple[Tensor, int]]:
         num_processes = 1 if self.trainer is None else self.trainer.world_size
         drop_last = len(self.train_set) // num_processes > self.batch_size
-        return self._loader(self.train_set, shuffle=True, drop_last=drop_last)
-
-    def val_dataloader(self) -> DataLoader[tuple[Tensor, int]]:
-        return self._loader(self.val_set)
-
-    def test_dataloader(self) -> DataLoader[tuple[Tensor, int]]:
-        return self._loader(self.test_set)
-
-    def predict_dataloader(self) -> DataLoader[tuple[Tensor, int]]:
-        """The test part, in the order of its files."""
-        return self._loader(self.test_set)
-
-    def _loader(self, part: Any, shuffle: bool = False, drop_last: bool = False) -> DataLoader[tuple[Tensor, int]]:
-        return DataLoader(
-            part,
-            batch_size=self.batch_size,  # by name: Lightning makes loaders anew, and would give shuffle twice
-            shuffle=shuffle,
-            num_workers=self.num_workers,
-            drop_last=drop_last,
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=self.num_workers > 0,
-        )
+        return self.loader(self.train_set, shuffle=True, drop_last=drop_last)
 
 
 def write_example_folder(

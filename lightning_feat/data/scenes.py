@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample
 
-from lightning_feat.data.digits import by_hash
+from lightning_feat.data.parts import by_hash
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 COLOURS = {  # red, green and blue shares

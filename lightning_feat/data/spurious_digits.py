@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.data import DataLoader
 
-from lightning_feat.data.digits import PIXEL_MEAN, PIXEL_STD, DigitsDataModule, DigitsPart, by_hash, hash_of
+from lightning_feat.data.digits import PIXEL_MEAN, PIXEL_STD, DigitsDataModule, DigitsPart
+from lightning_feat.data.parts import by_hash, hash_of
 
 Kind = Literal["colour", "texture"]
 Otherwise = Literal["none", "other"]
@@ -164,10 +165,10 @@ class SpuriousDigitsDataModule(DigitsDataModule):
 
     def clean_train_dataloader(self) -> DataLoader[tuple[Tensor | int, ...]]:
         """The training part in its order, without augmentation."""
-        return self._loader(self.train_set.without_shifts())
+        return self.loader(self.train_set.without_shifts())
 
     def test_dataloader(self) -> DataLoader[tuple[Tensor | int, ...]]:
-        return self._loader(self.variant(self.test_variant))
+        return self.loader(self.variant(self.test_variant))
 
     def predict_dataloader(self) -> DataLoader[tuple[Tensor | int, ...]]:
         """What ``test_dataloader`` gives, in the order of ``test_indices``."""

@@ -5,13 +5,12 @@ Shapes: N examples, P patches in each, D numbers in a patch.
 
 import math
 from collections.abc import Sequence
-from hashlib import sha256
 from typing import NamedTuple
 
 import torch
-from lightning import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+
+from lightning_feat.data.parts import Part, PartsDataModule, hash_of
 
 SLOW_AXIS, FAST_AXIS = 0, 1  # the directions of the features within a patch
 
@@ -98,7 +97,7 @@ def two_feature_patches(
     return TwoFeaturePatches(patches_NPD, targets_N, has_fast_N)
 
 
-class TwoFeaturePatchesDataModule(LightningDataModule):
+class TwoFeaturePatchesDataModule(PartsDataModule):
     """Examples of :func:`two_feature_patches`, which says what they are, in batches ``(patches, targets)``.
 
     After ``setup``, ``train_set``, ``val_set`` and ``test_set`` are the parts, each with its ``patches``, ``targets``
@@ -148,17 +147,13 @@ class TwoFeaturePatchesDataModule(LightningDataModule):
         num_workers: int = 0,
         return_index: bool = False,
     ) -> None:
-        super().__init__()
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size}: a batch needs at least one example.")
+        super().__init__(batch_size, num_workers)
         if min(num_train, num_val, num_test) < 1:
             raise ValueError(f"{num_train=}, {num_val=} and {num_test=}: each part needs at least one example.")
-        if num_workers < 0:
-            raise ValueError(f"num_workers={num_workers}: give zero or more worker processes.")
         test_share = fast_share if test_fast_share is None else test_fast_share
         for share in (fast_share, test_share):
             _check(num_train, num_patches, patch_size, slow_strength, fast_strength, share, noise)
-        self.batch_size, self.num_workers, self.return_index, self.seed = batch_size, num_workers, return_index, seed
+        self.return_index, self.seed = return_index, seed
         self.sizes = {"train": num_train, "val": num_val, "test": num_test}
         self.shares = {"train": fast_share, "val": fast_share, "test": test_share}
         self.distribution = (num_patches, patch_size, slow_strength, fast_strength)
@@ -170,47 +165,19 @@ class TwoFeaturePatchesDataModule(LightningDataModule):
 
     def _part(self, name: str) -> "PatchesPart":
         # By a hash: neighbouring seeds, the three parts and the weights of a network must not share random numbers.
-        seed = int.from_bytes(sha256(f"{self.seed}:{name}".encode()).digest()[:7], "big")
+        seed = hash_of(name, f"{self.seed}") >> 200  # 56 bits are left
         drawn = two_feature_patches(self.sizes[name], *self.distribution, self.shares[name], self.noise, seed)
         return PatchesPart(drawn, self.return_index)
 
-    def train_dataloader(self) -> DataLoader[tuple[Tensor | int, ...]]:
-        return self._loader(self.train_set, shuffle=True)
 
-    def val_dataloader(self) -> DataLoader[tuple[Tensor | int, ...]]:
-        return self._loader(self.val_set)
-
-    def test_dataloader(self) -> DataLoader[tuple[Tensor | int, ...]]:
-        return self._loader(self.test_set)
-
-    def predict_dataloader(self) -> DataLoader[tuple[Tensor | int, ...]]:
-        """The test part, in its order."""
-        return self._loader(self.test_set)
-
-    def _loader(self, part: "PatchesPart", shuffle: bool = False) -> DataLoader[tuple[Tensor | int, ...]]:
-        return DataLoader(
-            part,
-            batch_size=self.batch_size,  # by name: Lightning makes loaders anew, and would give shuffle twice
-            shuffle=shuffle,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-        )
-
-
-class PatchesPart(Dataset[tuple[Tensor | int, ...]]):
+class PatchesPart(Part):
     """Examples of one part, as the loader wants them."""
+
+    targets: Tensor
 
     def __init__(self, drawn: TwoFeaturePatches, return_index: bool) -> None:
         self.patches, self.targets, self.has_fast = drawn
         self.return_index = return_index
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __getitem__(self, index: int) -> tuple[Tensor | int, ...]:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"example {index} of {len(self)}")  # ends a plain `for` over the part
-        return self.__getitems__([index % len(self)])[0]
 
     def __getitems__(self, indices: list[int]) -> list[tuple[Tensor | int, ...]]:
         """What a ``DataLoader`` calls for a whole batch."""
