@@ -3,8 +3,14 @@ import logging
 import pytest
 import torch
 
-# For several workers, see below: tests that share nothing and are most of the work, and files that share a process.
-APART = ("tests/conformance/test_matrix.py::test_cell[", "tests/conformance/test_written.py", "tests/fuzz/")
+# For several workers, see below: tests that share nothing but what is in their brackets, and are most of the work; and
+# files that share a process.
+APART = (
+    "tests/conformance/test_matrix.py::test_cell[",
+    "tests/conformance/test_matrix.py::test_cell_of_a_module",
+    "tests/conformance/test_written.py",
+    "tests/fuzz/",
+)
 TOGETHER = ("tests/faults/",)
 
 
@@ -24,9 +30,10 @@ def pytest_xdist_make_scheduler(config, log):
 
     class Scheduling(LoadFileScheduling):
         def _split_scope(self, nodeid):
+            file, _, test = nodeid.partition("::")
             if nodeid.startswith(APART):
-                return nodeid
-            return next((folder for folder in TOGETHER if nodeid.startswith(folder)), nodeid.split("::")[0])
+                return f"{file}[{test.partition('[')[2]}"
+            return next((folder for folder in TOGETHER if file.startswith(folder)), file)
 
     return Scheduling(config, log)
 
