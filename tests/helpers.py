@@ -65,6 +65,34 @@ class Plain(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=self.lr)
 
 
+class Momentum(Plain):
+    """SGD with momentum, decay and a schedule."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9, weight_decay=1e-3)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)]
+
+
+class BuiltLate:
+    """Before a module: it has its layers only when Lightning asks for them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.built, self.net = [self.net], None
+
+    def configure_model(self) -> None:
+        if self.net is None:
+            self.net = self.built[0]
+
+
+class Disturbed(Plain):
+    """BatchNorm and dropout: what a careless pass over the data would disturb."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net.body = nn.Sequential(nn.Linear(4, WIDTH), nn.BatchNorm1d(WIDTH), nn.ReLU(), nn.Dropout(0.3))
+
+
 @dataclass
 class Example:
     x: Tensor

@@ -14,25 +14,11 @@ from lightning_feat.callbacks import GrassmannHead, NeuralCollapseMonitor
 from lightning_feat.functional.grassmann import orthonormality_error, principal_angles
 from lightning_feat.layers import GrassmannLinear
 from lightning_feat.optim import follow_subspaces
-from tests.helpers import EMAWeightAveraging, Plain, equal, loader, trainer, weights
+from tests.helpers import BuiltLate, EMAWeightAveraging, Momentum, Plain, equal, loader, trainer, weights
 
 
-class Momentum(Plain):
-    def configure_optimizers(self):
-        optimizer = torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9, weight_decay=1e-3)
-        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)]
-
-
-class Lazy(Momentum):
-    """Builds its layers when Lightning asks for them."""
-
-    def __init__(self):
-        super().__init__()
-        self.built, self.net = [self.net], None
-
-    def configure_model(self):
-        if self.net is None:
-            self.net = self.built[0]
+class Lazy(BuiltLate, Momentum):
+    pass
 
 
 class Early(Momentum):

@@ -8,22 +8,14 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 
 from lightning_feat.callbacks import GrassmannHead, MixupGeometryMonitor, SimplexETFHead
 from lightning_feat.functional.neural_collapse.mixup import draw_pairs, free_slope, plane_residual
-from tests.helpers import DictBatches, Plain, equal, loader, points, trainer, weights
+from tests.helpers import DictBatches, Disturbed, Plain, equal, loader, points, trainer, weights
 
 SHARES = (0.2, 0.5, 0.9)
 
 
-class Noisy(Plain):
-    """BatchNorm and dropout: what a careless pass over the data would disturb."""
-
-    def __init__(self):
-        super().__init__()
-        self.net.body = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.3))
-
-
 def fit(tmp_path, monitor, module=None, data=None, val=None, **kwargs):
     pl.seed_everything(0)
-    module = Noisy() if module is None else module
+    module = Disturbed() if module is None else module
     run = trainer(tmp_path, callbacks=[monitor] if monitor else [], **kwargs)
     run.fit(module, loader(64, shuffle=True) if data is None else data, loader(41) if val is None else val)
     return run, module
@@ -90,7 +82,7 @@ def test_the_training_is_bit_for_bit_what_it_is_without_the_monitor(tmp_path):
 
 
 def test_hooks_are_gone_after_an_error(tmp_path):
-    class Fails(Noisy):
+    class Fails(Disturbed):
         def on_train_epoch_end(self):
             raise KeyError("on the way")
 

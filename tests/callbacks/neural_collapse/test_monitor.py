@@ -9,17 +9,16 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_feat.callbacks import GrassmannHead, NeuralCollapseMonitor
 from lightning_feat.functional.neural_collapse import center_sums, class_centers, class_sums, collapse_measures
-from tests.helpers import DictBatches, Plain, equal, loader, points, trainer, weights
+from tests.helpers import DictBatches, Disturbed, Plain, equal, loader, points, trainer, weights
 
 PREFIX, LABEL = "neural_collapse/", "/penultimate"
 
 
-class Noisy(Plain):
-    """BatchNorm, dropout and a metric of its own: everything that a careless pass over the data would disturb."""
+class Noisy(Disturbed):
+    """With a metric of its own: everything that a careless pass over the data would disturb."""
 
     def __init__(self):
         super().__init__()
-        self.net.body = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.3))
         self.accuracy = MulticlassAccuracy(3)
 
     def training_step(self, batch, batch_idx):

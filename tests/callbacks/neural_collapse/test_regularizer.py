@@ -12,7 +12,7 @@ from lightning_feat.callbacks import NeuralCollapseRegularizer, SimplexETFHead
 from lightning_feat.functional.neural_collapse.losses import between_class_push, scale_gradient, within_class_pull
 from lightning_feat.joints.loss.terms import WeightSchedule
 from lightning_feat.mixins import LossTermsMixin
-from tests.helpers import EMAWeightAveraging, Plain, equal, loader, points, trainer, weights
+from tests.helpers import BuiltLate, EMAWeightAveraging, Plain, equal, loader, points, trainer, weights
 
 PULL, PUSH = "collapse_pull/loss/penultimate", "collapse_push/loss/penultimate"
 
@@ -74,16 +74,8 @@ class Adaptive(Plain):
         return torch.optim.AdamW(self.parameters(), lr=0.02)
 
 
-class Lazy(Plain):
-    """Builds its layers when Lightning asks for them."""
-
-    def __init__(self):
-        super().__init__()
-        self.built, self.net = [self.net], None
-
-    def configure_model(self):
-        if self.net is None:
-            self.net = self.built[0]
+class Lazy(BuiltLate, Plain):
+    pass
 
 
 def fit(tmp_path, module, *callbacks, data=None, ckpt_path=None, **kwargs):

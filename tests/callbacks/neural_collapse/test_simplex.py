@@ -15,25 +15,11 @@ from lightning_feat.functional.neural_collapse.losses import balanced_lengths, d
 from lightning_feat.joints.loss.terms import WeightSchedule
 from lightning_feat.layers import SimplexETF, SparseETF
 from lightning_feat.mixins import LossTermsMixin
-from tests.helpers import Plain, equal, loader, points, trainer, weights
+from tests.helpers import BuiltLate, Momentum, Plain, equal, loader, points, trainer, weights
 
 
-class Momentum(Plain):
-    def configure_optimizers(self):
-        optimizer = torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9, weight_decay=1e-3)
-        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)]
-
-
-class Lazy(Momentum):
-    """Builds its layers when Lightning asks for them."""
-
-    def __init__(self):
-        super().__init__()
-        self.built, self.net = [self.net], None
-
-    def configure_model(self):
-        if self.net is None:
-            self.net = self.built[0]
+class Lazy(BuiltLate, Momentum):
+    pass
 
 
 class Early(Momentum):
