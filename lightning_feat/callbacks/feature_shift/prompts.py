@@ -49,8 +49,12 @@ class PromptLearner(BringsParameters):
         text_surgery: ratio of a surgery block on the text features (RESTORE: 0.1 or 0.05); None for none.
         image_surgery: the same for the image features.
         strengthen: let the ratios grow once, after a third of the epochs, as RESTORE's code does.
-        layers: dotted names of a model of another layout, see ``clip_towers.find_clip_towers``.
+        layers: dotted names of a model of another layout, see ``joints.clip.towers.find_clip_towers``.
         backward_index: with manual optimization, which ``manual_backward`` the consistency joins, from 0.
+        eos_token_id: the id at which text features are read.
+        batch_first: whether blocks get samples first.
+        start_token: whether texts begin with a token that is no word. None asks the ``tokenizer`` of the module, if it
+            has one.
     """
 
     def __init__(
@@ -67,6 +71,9 @@ class PromptLearner(BringsParameters):
         strengthen: bool = True,
         layers: dict[str, str] | None = None,
         backward_index: int = 0,
+        eos_token_id: int | None = None,
+        batch_first: bool | None = None,
+        start_token: bool | None = None,
     ) -> None:
         weighed = gram_weight.peak if isinstance(gram_weight, WeightSchedule) else gram_weight
         if weighed and (coupling in ("text", "vision") or depth < 2 or (image_depth or depth) < 2):
@@ -79,6 +86,7 @@ class PromptLearner(BringsParameters):
         self.gram_weight, self.strengthen, self.layers = gram_weight, strengthen, layers
         self.surgery: dict[Kind, float | None] = {"text": text_surgery, "image": image_surgery}
         self.backward_index = backward_index
+        self.eos_token_id, self.batch_first, self.start_token = eos_token_id, batch_first, start_token
         self.learned: nn.ModuleDict | None = None  # prompts and blocks, kept between stages
         self._of: weakref.ref[LightningModule] | None = None
         self._insertions: list[Insertion] = []
@@ -112,7 +120,9 @@ class PromptLearner(BringsParameters):
         """Put prompts and blocks into the model; nothing happens where they are in place."""
         if self._insertions:
             return
-        towers = find_clip_towers(module, self.layers)
+        towers = find_clip_towers(
+            module, self.layers, self.batch_first, self.eos_token_id, self._has_start_token(module)
+        )
         if self.learned is None or self._of is None or self._of() is not module:
             self.learned, self._of = self._new(module, towers), weakref.ref(module)
         self._insertions.append(insert_prompts(towers, self.prompts))
@@ -176,6 +186,16 @@ class PromptLearner(BringsParameters):
                     raise ValueError(f"the width of the {kind} features is not known: leave {kind}_surgery out.")
                 learned[kind] = SurgeryBlock(width, ratio).to(next(towers.model.parameters()).device)
         return nn.ModuleDict(learned)
+
+    def _has_start_token(self, module: LightningModule) -> bool | None:
+        tokenizer: Any = getattr(module, "tokenizer", None)
+        if self.start_token is not None or not callable(tokenizer) or self.coupling == "vision":
+            return self.start_token
+        try:
+            firsts = [int(tokenizer([text])[0][0]) for text in ("a", "dog", "the sky")]
+        except (TypeError, KeyError, ValueError):  # one that gives something else than ids
+            return None
+        return len(set(firsts)) == 1
 
     def _template_ids(self, module: LightningModule) -> Tensor | None:
         if self.template is None:

@@ -6,7 +6,7 @@ does inside, and returns what shall stand in their place, or None. ``clip_towers
 Shapes: N images or texts, T tokens, L token ids of a text, D width of a tower, E width of its features.
 """
 
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,7 @@ from lightning_feat.joints.clip.hooks import (
     hook_input,
     hook_output,
 )
-
-EndOfText: TypeAlias = int | Literal["argmax"] | None  # the id at which features are read, the largest, or another rule
+from lightning_feat.joints.clip.reading import Reading, is_held
 
 
 class Places(NamedTuple):
@@ -35,6 +34,7 @@ class Places(NamedTuple):
     features: nn.Module | None  # puts out the projected feature; or has encode_text, which does
     num_features: int | None
     by_encode_text: bool = False
+    after_blocks: tuple[nn.Module, Literal["input", "output"]] | None = None  # all tokens pass here, to be pooled
 
 
 class _Tower:
@@ -81,46 +81,59 @@ class _Tower:
 
 
 class TextTower(_Tower):
-    """The text tower; its positions are 0 for SOS, then the words, EOS, and padding."""
+    """The text tower; its positions are 0 for SOS, if there is one, then the words, EOS, and padding.
+
+    Attributes:
+        first_word: position of the first word.
+    """
 
     kind = "text"
 
-    def __init__(self, places: Places, batch_first: bool | None, end: EndOfText) -> None:
+    def __init__(self, places: Places, batch_first: bool | None, reading: Reading) -> None:
         super().__init__(places, batch_first)
-        self._end = end
+        self._reading, self.first_word = reading, reading.start
+
+    def say(self, eos_token_id: int | None = None, start_token: bool | None = None) -> None:
+        """Say at which id texts are read, and whether they begin with a token that is no word; None: as it is."""
+        if eos_token_id is not None:
+            self._reading = self._reading._replace(end=eos_token_id)
+        if start_token is not None:
+            self._reading = self._reading._replace(start=int(start_token))
+        self.first_word = self._reading.start
 
     def on_embeddings(self, hook: Call, slots: int = 0) -> HookHandle:
         """Call ``hook(tokens)`` on the word embeddings, before positions are added.
 
-        A text that ends within positions 1 to ``slots``, which the hook overwrites, is refused by a ``ValueError``: on
-        the CPU in every pass, elsewhere in the first, as one must wait for the device; not in compiled code.
+        A text that ends within the ``slots`` positions from ``first_word``, which the hook overwrites, and two texts
+        that differ only there, are refused by a ``ValueError``: on the CPU in every pass, elsewhere in the first, as
+        one must wait for the device; not in compiled code.
         """
-        return hook_output(self._places.root, self._words(), _WordHook(hook, self._order, self._end, slots))
+        root = self._places.root
+        return hook_output(root, self._words(), _WordHook(hook, self._order, self._reading, slots, root))
 
     def eos_positions(self, token_ids: Tensor) -> Tensor:
-        """Positions ``(N,)`` at which the tower reads the features of the texts ``(N, L)``."""
-        if self._end is None:
-            raise ValueError("this text tower does not read its features at EOS, so where a text ends is not known.")
-        return _end_of_text(token_ids, self._end)
+        """Positions ``(N,)`` at which the tower reads the features of the texts ``(N, L)``; L where it appends a token
+        to read them from.
+        """
+        return self._reading.positions(token_ids)
 
     def comparable_tokens(self, token_ids: Tensor, num_prompts: int = 0) -> Tensor:
         """Mask ``(N, L)`` of the tokens that mean the same with learned prompts as without: SOS, the words after the
-        prompts, EOS; not positions 1 to ``num_prompts``, where prompts stand in place of words, and not the padding.
+        prompts, EOS; not where prompts stand in place of words, and not the padding, unless the features are read with
+        it. ``(N, L + 1)`` where the tower appends a token.
         """
-        position_L = torch.arange(token_ids.shape[-1], device=token_ids.device)
-        within_NL = position_L <= self.eos_positions(token_ids)[..., None]
-        return within_NL & ((position_L == 0) | (position_L > num_prompts))
+        return self._reading.comparable(token_ids, num_prompts)
 
     def word_embeddings(self, token_ids: Tensor, length: int) -> Tensor:
-        """Embeddings ``(length, D)`` of the first words of a text ``(L,)`` that begins with SOS, without gradient."""
+        """Embeddings ``(length, D)`` of the first words of a text ``(L,)``, without gradient."""
         ids = token_ids.reshape(-1)
-        known = len(ids) - 1 if self._end is None else int(_end_of_text(ids, self._end)) - 1
+        known = self._reading.count_words(ids)
         if known < length:
             raise ValueError(
                 f"the template has {known} words, fewer than the {length} prompts: lengthen it, or start at random."
             )
         table: Any = self._words().weight
-        first: Tensor = table.detach()[ids[1 : 1 + length].to(table.device)].clone()
+        first: Tensor = table.detach()[ids[self.first_word : self.first_word + length].to(table.device)].clone()
         return first
 
     def _words(self) -> nn.Module:
@@ -143,6 +156,15 @@ class ImageTower(_Tower):
             return hook_input(root, self.blocks[0], Hook(hook, self._order))
         return hook_input(root, norm, Hook(hook, self._order, enters=True))
 
+    def after_blocks(self, hook: Call) -> HookHandle | None:
+        """Call ``hook(tokens)`` after the last block, where all tokens go on to be pooled; None where the feature is
+        read from the class token.
+        """
+        if self._places.after_blocks is None:
+            return None
+        layer, side = self._places.after_blocks
+        return (hook_input if side == "input" else hook_output)(self._places.root, layer, Hook(hook, self._order))
+
     def comparable_tokens(self, num_tokens: int, num_prompts: int = 0) -> Tensor:
         """Mask ``(num_tokens,)`` of all tokens but the last ``num_prompts``."""
         return torch.arange(num_tokens) < num_tokens - num_prompts
@@ -151,30 +173,23 @@ class ImageTower(_Tower):
 class _WordHook(Hook):
     """A hook on word embeddings, which knows the ids that these came from."""
 
-    def __init__(self, call: Call, order: Order, end: EndOfText, slots: int) -> None:
+    def __init__(self, call: Call, order: Order, reading: Reading, slots: int, root: nn.Module) -> None:
         super().__init__(call, order, enters=True)
-        self.end, self.slots, self.checked = end, slots, False
+        self.reading, self.slots, self.root = reading, slots, root
+        self.checked: Tensor | None = None
 
     def on_output(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if self.active and self.slots and args and self.end is not None and not torch.compiler.is_compiling():
-            self._check_room(args[0], self.end)
+        if self.active and self.slots and args and not torch.compiler.is_compiling():
+            self._check_room(args[0])
         return super().on_output(layer, args, output)
 
-    def _check_room(self, token_ids: Tensor, end: EndOfText) -> None:
-        if self.checked and token_ids.device.type != "cpu":
+    def _check_room(self, token_ids: Tensor) -> None:
+        known = self.checked
+        if token_ids.device.type == "meta" or (known is not None and token_ids.device.type != "cpu"):
             return
-        self.checked = True
-        shortest = int(_end_of_text(token_ids, end).min())
-        if shortest <= self.slots:
-            raise ValueError(
-                f"a text ends at position {shortest}, but {self.slots} prompts take positions 1 to {self.slots}: begin "
-                "each text with as many words as there are prompts ('a photo of a ...'); they are replaced."
-            )
-
-
-def _end_of_text(token_ids: Tensor, end: Any) -> Tensor:
-    marked: Tensor = token_ids if end == "argmax" else torch.eq(token_ids, end).int()
-    return marked.argmax(dim=-1)
+        if known is None or known.shape != token_ids.shape or not torch.equal(known, token_ids):
+            self.reading.check_room(token_ids, self.slots, is_held(self.root, token_ids))
+            self.checked = token_ids.clone()
 
 
 def _declared_order(block: nn.Module) -> bool | None:

@@ -1,17 +1,18 @@
 """The two towers of a CLIP-like model, found by the names of its layers.
 
 Known are the layouts of ``open_clip`` (that of OpenAI's code and of ``baselines.clip.SmallClip`` too) and of Hugging
-Face's ``CLIPModel``, without importing either; any other model by the names you give. What one can do with a tower is
-in ``clip_tower``, how it is hooked in ``clip_hooks``.
+Face's ``CLIPModel`` and ``SiglipModel``; any other model by the names you give. What one can do with a tower is in
+``tower``, how it is hooked in ``hooks``, what the layouts look like in ``layouts``.
 """
 
 from collections.abc import Mapping
-from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_feat.joints.clip.hooks import remove_hooks
-from lightning_feat.joints.clip.tower import EndOfText, ImageTower, Places, TextTower, plain
+from lightning_feat.joints.clip.layouts import Build, layout_of
+from lightning_feat.joints.clip.reading import Reading
+from lightning_feat.joints.clip.tower import ImageTower, Places, TextTower, plain
 from lightning_feat.joints.features.taps import find_layer
 
 __all__ = ["ClipTowers", "ImageTower", "TextTower", "find_clip_towers", "remove_hooks"]
@@ -50,6 +51,7 @@ def find_clip_towers(
     layers: Mapping[str, str] | None = None,
     batch_first: bool | None = None,
     eos_token_id: int | None = None,
+    start_token: bool | None = None,
 ) -> ClipTowers:
     """The towers of ``module``, or of the one CLIP that it holds.
 
@@ -61,90 +63,42 @@ def find_clip_towers(
             does), ``image_blocks``, ``image_features``. Those of one tower will do if the other is not needed.
         batch_first: whether blocks get ``(N, T, D)``. By default what their attention says, or else what the shapes in
             the first pass tell.
-        eos_token_id: the id at which text features are read, for ``layers``; by default the largest in each text.
+        eos_token_id: the id at which text features are read. By default what the model says, and for ``layers`` the
+            largest in each text.
+        start_token: whether texts begin with a token that is no word. By default they do, but not in towers that are
+            read at their last position, as SigLIP's.
 
     Raises:
         ValueError: if there is no such model, or more than one, or a layer of that name is not there.
     """
     if layers is not None:
-        return _named_towers(module, layers, batch_first, "argmax" if eos_token_id is None else eos_token_id)
-    found: list[tuple[str, nn.Module]] = []
+        end = "argmax" if eos_token_id is None else eos_token_id
+        reading = Reading(end, 1 if start_token is None else int(start_token))  # type: ignore[arg-type]
+        return _named_towers(module, layers, batch_first, reading)
+    found: list[tuple[str, nn.Module, Build]] = []
     for wrapped_name, part in module.named_modules():
         name = ".".join(step for step in wrapped_name.split(".") if step != "_orig_mod")
-        inside = any(not outer or name == outer or name.startswith(f"{outer}.") for outer, _ in found)
-        if not inside and _layout(plain(part)) is not None:
-            found.append((name, plain(part)))
+        inside = any(not outer or name == outer or name.startswith(f"{outer}.") for outer, *_ in found)
+        build = None if inside else layout_of(plain(part))
+        if build is not None:
+            found.append((name, plain(part), build))
     if len(found) != 1:
         raise ValueError(
             f"{type(module).__name__} holds {'several models' if found else 'no model'} with the layers of open_clip's "
-            f"CLIP or of Hugging Face's CLIPModel{': ' + ', '.join(name for name, _ in found) if found else ''}. "
+            "CLIP or of Hugging Face's CLIPModel or SiglipModel"
+            f"{': ' + ', '.join(name for name, *_ in found) if found else ''}. "
             f"{'Give one of them' if found else 'Name its layers by layers={...}, of ' + ', '.join(_LAYERS)}."
         )
-    name, model = found[0]
-    towers = _huggingface_towers if _layout(model) == "huggingface" else _open_clip_towers
-    return ClipTowers(model, name, *towers(module, model, f"{name}." if name else "", batch_first))
+    name, model, build = found[0]
+    text, image = build(module, model, f"{name}." if name else "", batch_first)
+    if isinstance(text, TextTower):
+        text.say(eos_token_id, start_token)
+    return ClipTowers(model, name, text, image)
 
 
-def _layout(part: nn.Module) -> str | None:
-    if _has(part, "text_model.embeddings.token_embedding") and _has(part, "vision_model.pre_layrnorm"):
-        return "huggingface"
-    if _has(part, "visual") and (_has(part, "token_embedding") or _has(part, "text")):
-        return "open_clip"
-    return None
-
-
-def _open_clip_towers(
-    root: nn.Module, model: Any, prefix: str, batch_first: bool | None
-) -> tuple[TextTower | str, ImageTower | str]:
-    text: TextTower | str
-    flat = _has(model, "token_embedding")
-    encoder: Any = model if flat else plain(model.text)
-    name = f"{prefix}{'' if flat else 'text.'}transformer.resblocks"
-    if _has(encoder, "transformer.resblocks") and _has(encoder, "token_embedding"):
-        words, width = plain(encoder.token_embedding), _columns(encoder.text_projection)
-        places = Places(root, words, encoder.transformer.resblocks, name, encoder, width, by_encode_text=flat)
-        text = TextTower(places, batch_first, _open_clip_end(encoder, "text_" if flat else ""))
-    else:
-        text = f"there is no {name} in {type(model).__name__}: name the layers of this text tower (text_blocks, ...)."
-
-    visual: Any = plain(model.visual)
-    where = f"the image tower {prefix}visual ({type(visual).__name__})"
-    if not _has(visual, "transformer.resblocks") or not _has(visual, "ln_pre"):
-        what = "is a ResNet, which has no tokens" if _has(visual, "layer1") else "has no transformer.resblocks"
-        return text, (
-            f"{where} {what}: it takes no image prompts. Prompt the text tower only, or use a ViT; of a transformer of "
-            "another layout name the layers (image_blocks, ...)."
-        )
-    if getattr(visual, "pool_type", "tok") != "tok" or getattr(visual, "attn_pool", None) is not None:
-        return text, f"{where} pools over all tokens and would average prompts into the feature: prompt the text only."
-    name, width = f"{prefix}visual.transformer.resblocks", _columns(visual.proj) or getattr(visual, "output_dim", None)
-    places = Places(root, plain(visual.ln_pre), visual.transformer.resblocks, name, visual, width)
-    return text, ImageTower(places, batch_first)
-
-
-def _open_clip_end(encoder: Any, prefix: str) -> EndOfText:
-    read = getattr(encoder, f"{prefix}pool_type", "argmax")
-    if read == "eos":
-        return int(getattr(encoder, f"{prefix}eos_id"))
-    return "argmax" if read == "argmax" else None
-
-
-def _huggingface_towers(
-    root: nn.Module, model: Any, prefix: str, batch_first: bool | None
-) -> tuple[TextTower, ImageTower]:
-    text, image, samples_first = model.text_model, model.vision_model, batch_first in (None, True)
-    projection = model.text_projection
-    words, name = text.embeddings.token_embedding, f"{prefix}text_model.encoder.layers"
-    places = Places(root, words, text.encoder.layers, name, plain(projection), projection.out_features)
-    eos = getattr(text, "eos_token_id", None)
-    end: EndOfText = "argmax" if eos in (None, 2) else int(eos)  # 2: in configurations that never named the right one
-    text_tower = TextTower(places, samples_first, end)
-    norm, projection, name = plain(image.pre_layrnorm), model.visual_projection, f"{prefix}vision_model.encoder.layers"
-    places = Places(root, norm, image.encoder.layers, name, plain(projection), projection.out_features)
-    return text_tower, ImageTower(places, samples_first)
-
-
-def _named_towers(module: nn.Module, layers: Mapping[str, str], batch_first: bool | None, end: EndOfText) -> ClipTowers:
+def _named_towers(
+    module: nn.Module, layers: Mapping[str, str], batch_first: bool | None, reading: Reading
+) -> ClipTowers:
     unknown = set(layers) - set(_LAYERS)
     if unknown:
         raise ValueError(f"layers has {', '.join(sorted(unknown))}: choose from {', '.join(_LAYERS)}.")
@@ -158,20 +112,7 @@ def _named_towers(module: nn.Module, layers: Mapping[str, str], batch_first: boo
             name = layers[f"{kind}_blocks"]
             places = Places(module, named.get(f"{kind}_embedding"), blocks, name, features, width)
             if kind == "text":
-                text = TextTower(places, batch_first, end)
+                text = TextTower(places, batch_first, reading)
             else:
                 image = ImageTower(places, batch_first)
     return ClipTowers(module, "", text, image)
-
-
-def _columns(projection: Any) -> int | None:
-    if isinstance(projection, nn.Linear):
-        return projection.out_features
-    return projection.shape[1] if isinstance(projection, Tensor) else None
-
-
-def _has(part: nn.Module, path: str) -> bool:
-    found: Any = part
-    for name in path.split("."):
-        found = getattr(found, name, None)
-    return isinstance(found, nn.Module)

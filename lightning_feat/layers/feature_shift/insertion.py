@@ -36,7 +36,15 @@ class Tower(Protocol):
 class TextTower(Tower, Protocol):
     """What is asked of the text tower beside."""
 
+    first_word: int
+
     def word_embeddings(self, token_ids: Tensor, length: int) -> Tensor: ...
+
+
+class ImageTower(Tower, Protocol):
+    """What is asked of the image tower beside."""
+
+    def after_blocks(self, hook: Callable[[Tensor], Tensor]) -> HookHandle | None: ...
 
 
 class Towers(Protocol):
@@ -47,7 +55,7 @@ class Towers(Protocol):
     @property
     def text(self) -> TextTower: ...
     @property
-    def image(self) -> Tower: ...
+    def image(self) -> ImageTower: ...
 
 
 class Insertion:

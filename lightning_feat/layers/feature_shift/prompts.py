@@ -35,10 +35,11 @@ _STD = 0.02  # of prompts that no word gives, in MaPLe and RESTORE
 class DeepPrompts(nn.Module):
     """Prompts of one or both towers, each ``(length, width)``, one for each of the first ``depth`` blocks.
 
-    In the text tower they stand in positions 1 to n, in place of the first n words after SOS, and get positions; in the
-    image tower they come after the patches, without positions. At the inputs of blocks 1 to J - 1 new ones replace what
-    the block before made of the old; from block J on they are carried along. This is the insertion of MaPLe (Khattak et
-    al., "MaPLe: Multi-modal prompt learning", CVPR 2023) and of RESTORE (Yang et al., arXiv 2403.06136).
+    In the text tower they stand in place of the first n words, after SOS where there is one, and get positions; in the
+    image tower they come after the patches, without positions, and leave before tokens are pooled. At the inputs of
+    blocks 1 to J - 1 new ones replace what the block before made of the old; from block J on they are carried along.
+    This is the insertion of MaPLe (Khattak et al., "MaPLe: Multi-modal prompt learning", CVPR 2023) and of RESTORE
+    (Yang et al., arXiv 2403.06136).
 
     ``coupling`` says which prompts are learned:
 
@@ -252,27 +253,39 @@ class DeepPrompts(nn.Module):
 
 class PromptTokens:
     """The hook of one block: ``(N, T, D)`` with its prompts in their places. For block 0 of the image tower they are
-    appended, otherwise what stands there is replaced.
+    appended, otherwise what stands there is replaced; those of a text begin at position ``first``.
     """
 
-    def __init__(self, prompts: DeepPrompts, kind: Kind, index: int) -> None:
-        self.prompts, self.kind, self.index = prompts, kind, index
+    def __init__(self, prompts: DeepPrompts, kind: Kind, index: int, first: int = 1) -> None:
+        self.prompts, self.kind, self.index, self.first = prompts, kind, index, first
 
     def __call__(self, tokens: Tensor) -> Tensor:
         prompt_nD = self.prompts.prompt(self.kind, self.index).to(tokens.dtype)
         prompt_NnD = prompt_nD.expand(*tokens.shape[:-2], *prompt_nD.shape)
         n = len(prompt_nD)
         if self.kind == "text":
-            return torch.cat([tokens[..., :1, :], prompt_NnD, tokens[..., 1 + n :, :]], dim=-2)
+            first = self.first
+            return torch.cat([tokens[..., :first, :], prompt_NnD, tokens[..., first + n :, :]], dim=-2)
         kept = tokens if self.index == 0 else tokens[..., :-n, :]
         return torch.cat([kept, prompt_NnD], dim=-2)
+
+
+class _WithoutPrompts:
+    """The hook after the blocks of an image tower that pools over tokens: they are not to be averaged in."""
+
+    def __init__(self, prompts: DeepPrompts) -> None:
+        self.prompts = prompts
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        return tokens[..., : -self.prompts.length_of("image"), :]
 
 
 def insert_prompts(towers: Towers, prompts: DeepPrompts) -> Insertion:
     """Put the prompts into the towers of a model, by hooks; its class and its parameters stay as they are.
 
     The prompts are not registered in the model: register them where your parameters live, so that optimizer, devices
-    and DDP know them. Texts must begin with as many words as there are prompts; these are not read.
+    and DDP know them. Texts must begin with as many words as there are prompts; these are not read, so that what tells
+    two texts apart must come after them.
 
     Args:
         towers: what ``clip_towers.find_clip_towers`` gives.
@@ -286,10 +299,14 @@ def insert_prompts(towers: Towers, prompts: DeepPrompts) -> Insertion:
         for kind in prompts.kinds:
             tower: Tower = towers.text if kind == "text" else towers.image
             _check(tower, prompts, kind)
-            hook = PromptTokens(prompts, kind, 0)
+            first = towers.text.first_word if kind == "text" else 0
+            hook = PromptTokens(prompts, kind, 0, first)
             insertion.add(tower.on_embeddings(hook, slots=prompts.length_of(kind)))
             for index in range(1, prompts.depth_of(kind)):
-                insertion.add(tower.on_block_input(index, PromptTokens(prompts, kind, index)))
+                insertion.add(tower.on_block_input(index, PromptTokens(prompts, kind, index, first)))
+            removed = towers.image.after_blocks(_WithoutPrompts(prompts)) if kind == "image" else None
+            if removed is not None:
+                insertion.add(removed)
     except Exception:
         insertion.remove()
         raise

@@ -226,3 +226,46 @@ def test_a_template_needs_a_tokenizer(tmp_path):
     with pytest.raises(ValueError, match="set template=None for a random start"):
         fit(tmp_path, module, learner())
     fit(tmp_path, module, learner(template=None), max_epochs=1)
+
+
+class Bert(nn.Module):
+    """A text tower whose end token is not its largest id."""
+
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(20, 8)
+        self.layer = nn.ModuleList(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True) for _ in range(2))
+
+    def forward(self, ids):
+        x = self.words(ids)
+        for block in self.layer:
+            x = block(x)
+        return x[:, 0]
+
+
+class Texts(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.text, self.scale = Bert(), nn.Parameter(torch.ones(()))
+        self.tokenizer = lambda texts: torch.tensor([[2, 4, 9, 5, 4, 3]] * len(texts))
+
+    def training_step(self, batch, batch_idx):
+        return self.scale * self.text(batch[0])[:, 0].square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def test_a_tower_of_another_kind_can_be_described(tmp_path):
+    layers = {"text_embedding": "text.words", "text_blocks": "text.layer", "text_features": "text"}
+    described = {"layers": layers, "eos_token_id": 3, "batch_first": True}
+    prompts = PromptLearner("text", depth=1, length=4, template="a photo of a", **described)
+    torch.manual_seed(0)
+    module = Texts()
+    ids = torch.tensor([[2, 4, 9, 5, 4, 6, 3], [2, 4, 9, 5, 4, 7, 3]])
+    trainer(tmp_path, callbacks=[prompts]).fit(module, DataLoader(TensorDataset(ids), 2))
+    assert not torch.equal(prompts.prompts.text[0], module.text.words.weight[[4, 9, 5, 4]])  # it has moved
+    with pytest.raises(ValueError, match="a text ends at position 2"):  # 9 is the largest id, and no end
+        trainer(tmp_path, callbacks=[PromptLearner("text", depth=1, length=2, template=None, layers=layers)]).fit(
+            Texts(), DataLoader(TensorDataset(ids), 2)
+        )

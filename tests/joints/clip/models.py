@@ -73,6 +73,62 @@ def resnet():
     return _open_clip("CLIP", layers=[1, 1, 1, 1], image_size=32, width=8)
 
 
+def _siglip(**kwargs):
+    """open_clip's text tower without a start token, read at its last position."""
+    from open_clip.model import CustomTextCLIP
+
+    image = {"image_size": SIZE, "patch_size": 4, "width": IMAGE_WIDTH, "layers": BLOCKS, "head_width": 8}
+    text = {"context_length": LENGTH, "vocab_size": EOS + 1, "width": TEXT_WIDTH, "heads": 2, "layers": BLOCKS}
+    kind = {"no_causal_mask": True, "pool_type": "last", "proj_bias": True}
+    return CustomTextCLIP(
+        NUM_FEATURES, {**image, **kwargs.get("image", {})}, {**text, **kind, **kwargs.get("text", {})}
+    )
+
+
+def _coca():
+    """Read from a token that the text tower appends; its image tower pools by attention."""
+    appended = {"embed_cls": True, "pool_type": "last", "no_causal_mask": False, "proj_bias": False}
+    pooled = {"attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": False}
+    return _siglip(text=appended, image=pooled)
+
+
+def _metaclip():
+    from transformers import MetaClip2Config, MetaClip2Model
+
+    return _transformers(MetaClip2Config, MetaClip2Model, {"eos_token_id": 2})
+
+
+def _transformers_siglip():
+    from transformers import SiglipConfig, SiglipModel
+
+    return _transformers(SiglipConfig, SiglipModel, {"projection_size": IMAGE_WIDTH})
+
+
+def _transformers(config, model, more):
+    shared = {"intermediate_size": 32, "num_hidden_layers": BLOCKS, "num_attention_heads": 2}
+    text = {"hidden_size": TEXT_WIDTH, "vocab_size": EOS + 1, "max_position_embeddings": LENGTH, **more}
+    image = {"hidden_size": IMAGE_WIDTH, "image_size": SIZE, "patch_size": 4}
+    return model(config(text_config={**shared, **text}, vision_config={**shared, **image}))
+
+
+# What reads a text, or pools an image, otherwise than CLIP; with where the first word stands, and a text of full length
+# that has its end where the tower looks for it.
+READERS = {
+    "siglip": (_siglip, 0, [11, 12, 13, 14, 15, 16, 17, 18, 19, 1]),
+    "averaged": (lambda: _siglip(image={"pool_type": "avg"}), 0, [11, 12, 13, 14, 15, 16, 17, 18, 19, 1]),
+    "timm": (lambda: _siglip(image={"timm_model_name": "test_vit", "image_size": 160}), 0, [*range(11, 20), 1]),
+    "coca": (_coca, 1, [37, 12, 13, 14, 15, 16, 17, 18, 19, 38]),
+    "metaclip": (_metaclip, 1, [0, 12, 13, 14, 15, 16, 17, 18, 19, 2]),
+    "transformers-siglip": (_transformers_siglip, 0, [11, 12, 13, 14, 15, 16, 17, 18, 19, 1]),
+}
+
+
+def reader(name):
+    """One of ``READERS`` in eval mode, seeded."""
+    torch.manual_seed(0)
+    return READERS[name][0]().eval()
+
+
 def images(n=3, seed=0):
     return torch.randn(n, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(seed))
 

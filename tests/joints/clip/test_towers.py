@@ -247,13 +247,6 @@ def test_a_resnet_takes_no_image_hooks_but_its_text_tower_does():
         _ = towers.image
 
 
-def test_an_image_tower_that_averages_its_tokens_is_refused():
-    model = make()
-    model.visual.pool_type = "avg"
-    with pytest.raises(ValueError, match="would average prompts into the feature"):
-        _ = find_clip_towers(model).image
-
-
 def test_no_clip_and_two_are_said_to_be_so():
     with pytest.raises(ValueError, match="Linear holds no model with the layers of open_clip's CLIP"):
         find_clip_towers(nn.Linear(2, 2))

@@ -60,13 +60,13 @@ def loss_of(logits):
 def test_by_hooks_is_by_hand(library, layout):
     model, prompts, insertion = prompted(library, **layout)
     by_hook, by_hand = (
-        logits(model, images(), texts()),
-        logits_by_hand(make(library), images(), texts(), **lists(prompts)),
+        logits(model, images(), texts(4)),
+        logits_by_hand(make(library), images(), texts(4), **lists(prompts)),
     )
     torch.testing.assert_close(by_hook, by_hand, **EXACT)
     insertion.remove()
-    plain = logits(model, images(), texts())
-    torch.testing.assert_close(plain, logits_by_hand(make(library), images(), texts()), **EXACT)
+    plain = logits(model, images(), texts(4))
+    torch.testing.assert_close(plain, logits_by_hand(make(library), images(), texts(4)), **EXACT)
     assert (by_hook - plain).abs().mean() > 0.02  # a thousand times the tolerance
 
 
