@@ -84,9 +84,9 @@ class SumsMetric(Metric):
         Raises:
             ValueError: if its states have other names or shapes.
         """
-        states: Any = incoming_state.metric_state if isinstance(incoming_state, Metric) else incoming_state
+        states: Any = incoming_state.metric_state if isinstance(incoming_state, type(self)) else incoming_state
         mine, theirs = _shapes(self.metric_state), _shapes(states)
-        if isinstance(states, dict) and mine != theirs:  # another kind is refused by torchmetrics
+        if isinstance(states, dict) and mine != theirs:  # what is no state at all torchmetrics refuses
             raise ValueError(f"the states to merge are {theirs}, those here {mine}: give both metrics the same options")
         super().merge_state(incoming_state)
         self._computed = None  # torchmetrics would go on giving the value from before

@@ -483,10 +483,6 @@ STILL_FIT: dict[str, dict[int, set[str]]] = {
     "grassmann.principal_angles": {0: _ROWS, 1: _ROWS},
     "grassmann.tangent_projection": {0: _ROWS, 1: _ROWS},
     "grassmann.subspace_logits": {0: _ROWS, 1: _ROWS},
-    "grassmann.orthogonal_factor": F32(
-        lambda w: (w.finish(w.raw("square", 3, 3), torch.float64),), gradient=True, tolerance=1e-7
-    ),
-    "grassmann.angle_over_sine": F32(lambda w: (_cosines(w),), tolerance=1e-7),
     "grassmann.svdvals_or_nan": {0: {"deep"}},
     "simplicity_bias.highest_losses": {2: {"beyond"}},
     "simplicity_bias.random_examples": {0: _ROWS, 1: {"beyond"}},
