@@ -14,7 +14,7 @@ BY_FAMILY = ("callbacks", "functional")  # the kinds that have a room for each f
 SHARED = {  # what stands beside the families in a kind
     "callbacks": {"reports", "data_plan", "feature_regularizer"},
     "functional": {"common"},
-    "metrics": {"common"},
+    "metrics": set(),
     "manifolds": set(),
     "layers": set(),
     "optim": set(),
@@ -32,7 +32,7 @@ BELOW = {  # what of ours each room may import, beside itself
     "joints/features": set(),
     "joints/module": {"joints/features", "joints/run"},
     "joints/loss": {"joints/features", "joints/module"},
-    "joints/data": {"joints/features", "functional"},
+    "joints/data": {"joints/features", "joints/module", "joints/run", "functional"},
     "joints/clip": {"joints/features"},
     "joints/reference": {"joints/features", "joints/data", "joints/clip", "functional"},
     "callbacks": {"functional", "metrics", "layers", "optim", "data", "joints"},

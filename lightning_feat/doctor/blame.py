@@ -101,7 +101,7 @@ def warning_findings(seen: list[warnings.WarningMessage]) -> list[Finding]:
 def _unheard(owners: list[Any], module: LightningModule, watch: Watch, where: str, said: str) -> Finding:
     tap = next((owner for owner in reversed(owners) if isinstance(owner, FeatureTap)), None)
     why = "There are no features to work on; training would stop at its first batch."
-    if tap is not None and "did not run" in said:
+    if tap is not None and ("did not run" in said or "without gradient" in said):
         layer = tap.find(module)
         name = next((known.replace("_orig_mod.", "") for known, part in module.named_modules() if part is layer), "")
         if name in watch.ran and tap.keep_graph and name not in watch.differentiable:

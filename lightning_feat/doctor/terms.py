@@ -32,9 +32,9 @@ class Heard:
     nonfinite: int = 0
     features: list[Tensor] = field(default_factory=list)
 
-    def around_take(self, take: Callable[[], Tensor]) -> Tensor:
+    def around_take(self, take: Callable[..., Tensor], *args: Any) -> Tensor:
         """In place of ``take`` of a tap of this term."""
-        taken = take()
+        taken = take(*args)
         self.features.append(taken)
         return taken
 
@@ -77,7 +77,7 @@ def listen_to(term: LossTerm) -> Heard:
     heard = Heard(term)
     term.value = _Around(heard.around_value, term.value)  # type: ignore[assignment, method-assign]
     for tap in term.taps:
-        tap.take = _Around(heard.around_take, tap.take)  # type: ignore[method-assign]
+        tap.take = _Around(heard.around_take, tap.take)  # type: ignore[assignment, method-assign]
     return heard
 
 

@@ -13,9 +13,10 @@ from lightning_feat.callbacks.reports.curves import Points
 from lightning_feat.callbacks.reports.figures import folder_for_figures, publish_figure
 from lightning_feat.callbacks.reports.history import set_point
 from lightning_feat.functional.feature_shift import ShiftSums, shift_discrepancy, shift_measures, shift_sums
-from lightning_feat.joints.data.passes import Forward
+from lightning_feat.joints.data.ways import Forward
 from lightning_feat.joints.features.batches import TargetKey
 from lightning_feat.joints.features.nonfinite import NonfiniteWatch
+from lightning_feat.joints.features.silence import SilenceWatch
 from lightning_feat.joints.features.taps import Pooling, Read, TapError
 from lightning_feat.joints.reference import (
     Compared,
@@ -28,7 +29,6 @@ from lightning_feat.joints.reference import (
     refuse_sharding,
     warn_of_missing_start,
 )
-from lightning_feat.joints.run.inside import InsideFit
 from lightning_feat.joints.run.spared import run_spared
 from lightning_feat.joints.run.twins import callbacks_of, refuse_twin
 
@@ -113,10 +113,10 @@ class FeatureShiftMonitor(Callback):
             frozen = FrozenStart(named, read, pooling, trunk, forward, start, self._keep_graph)
             self.comparison = Comparison(named, frozen, read, pooling, mask_key, self._keep_graph)
         self._of: weakref.ref[LightningModule] | None = None  # whose start it is
-        self._inside = InsideFit()
         self._totals: dict[str, ShiftSums] = {}
         self._lost: dict[str, Tensor] = {}  # tokens that were not finite
         self.nonfinite = NonfiniteWatch(self.state_key, " and are left out of the shift")
+        self.silence = SilenceWatch(self.state_key)
         self._listens, self._folder = False, ""
 
     @property
@@ -132,9 +132,6 @@ class FeatureShiftMonitor(Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn != "fit":
             return
-        self._inside.load(trainer)
-        if self._inside:
-            return  # a search goes back to where it began; the start of the run is known
         stored = checkpoint.get(self.state_key, {})
         self.history = {name: [(x, y) for x, y in line] for name, line in stored.get("history", {}).items()}
         if self._frozen is not None:
@@ -146,7 +143,6 @@ class FeatureShiftMonitor(Callback):
         refuse_twin(trainer, self)
         if stage != "fit":
             return
-        self._inside.setup(trainer)
         if self.towers and self.comparison is None:
             self.comparison = compare_towers(
                 pl_module, self.text_layers, self.image_layers, self.without_prompts, self.forward, self.trunk,
@@ -180,15 +176,15 @@ class FeatureShiftMonitor(Callback):
             frozen.attach(pl_module, lent[0] if lent else None)
         self._totals, self._lost, self._listens = {}, {}, False
         self.nonfinite.reset()
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._inside.train_start()
+        self.silence.begin()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.data == "train":
             self._totals, self._lost = {}, {}
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._frozen is not None:
+            self._frozen.prepare(trainer, pl_module, batch)
         if self.data == "train" and batch_idx % self.every_n_batches == 0:
             self._listen()
 
@@ -204,6 +200,7 @@ class FeatureShiftMonitor(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.data == "train":
             self._report(trainer, pl_module)
+            self.silence.end_epoch(trainer)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.data == "val":
@@ -269,13 +266,13 @@ class FeatureShiftMonitor(Callback):
             return
         try:
             compared = self.comparison.take(pl_module, batch)
-        except TapError:
-            if self._totals or not must_hear:
-                return  # a step may skip the network now and then
-            raise
+        except TapError as error:
+            self.silence.note(error, must_hear)
+            return
         finally:
             for tap in self.comparison.all_taps:
                 tap.drop()
+        self.silence.heard()
         for label, pair in compared.items():
             self._add(label, pair)
 

@@ -6,24 +6,21 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
+from lightning_feat.callbacks.grassmann.exact_pass import SeparationReading
 from lightning_feat.callbacks.grassmann.figures import draw_angles
 from lightning_feat.callbacks.grassmann.head import GrassmannHead
 from lightning_feat.callbacks.reports.figures import folder_for_figures, publish_figure
 from lightning_feat.functional.grassmann import orthonormality_error
 from lightning_feat.functional.grassmann.angles import pairwise_principal_angles
-from lightning_feat.functional.transfer.class_separation import sample_of_each_class
-from lightning_feat.joints.data.passes import (
-    Forward,
-    clean_batches,
-    clean_loader,
-    is_last_epoch,
-    run_forward,
-    without_trace,
-)
-from lightning_feat.joints.data.processes import full_tensor, gather_samples, repeated_rows
-from lightning_feat.joints.features.batches import TargetKey, class_indices, targets_of
+from lightning_feat.joints.data.epoch_ends import EpochEnds, back_in_last_epoch
+from lightning_feat.joints.data.passes import clean_loader, try_first_batch
+from lightning_feat.joints.data.processes import full_tensor, repeated_rows
+from lightning_feat.joints.data.shared_pass import read_clean
+from lightning_feat.joints.data.ways import Forward, Ways
+from lightning_feat.joints.features.batches import TargetKey, class_indices, mask_of, targets_of
 from lightning_feat.joints.features.heads import find_classifier
 from lightning_feat.joints.features.nonfinite import NonfiniteWatch
+from lightning_feat.joints.features.silence import SilenceWatch
 from lightning_feat.joints.features.taps import FeatureTap, Pooling, TapError, find_layer
 from lightning_feat.joints.run.spared import run_spared
 from lightning_feat.joints.run.twins import callbacks_of, refuse_twin
@@ -67,8 +64,10 @@ class GrassmannMonitor(Callback):
         target_key: where a batch keeps class indices, see ``joints.features.batches``. Online, the targets must belong
             to the features: with mixup use the exact mode, on loaders that do not mix.
         ignore_index: samples with this target are left out.
-        forward: for the exact mode, ``forward(module, batch)`` that runs the network; None calls ``module(batch[0])``
-            for a tuple or list, else ``module(batch)``.
+        forward: for the exact mode, ``forward(module, batch)`` that runs the network; None runs it as the module's
+            own step does, see ``joints.data.ways``.
+        mask_key: where a batch keeps which tokens count ``(N, T)``, for ``pooling="mean"``, ``"max"`` or ``"tokens"``:
+            without it padding counts.
     """
 
     def __init__(
@@ -85,6 +84,7 @@ class GrassmannMonitor(Callback):
         target_key: TargetKey = None,
         ignore_index: int = -100,
         forward: Forward | None = None,
+        mask_key: TargetKey = None,
     ) -> None:
         if mode not in ("online", "exact") or data not in ("train", "val"):
             raise ValueError(f"mode={mode!r}, data={data!r}: choose 'online' or 'exact', and 'train' or 'val'.")
@@ -98,9 +98,11 @@ class GrassmannMonitor(Callback):
         self.layer, self.mode, self.data, self.every_n_epochs = layer, mode, data, every_n_epochs
         self.max_pairs, self.max_samples_per_class, self.seed = max_pairs, max_samples_per_class, seed
         self.figure, self.pooling = figure, pooling
-        self.target_key, self.ignore_index, self.forward = target_key, ignore_index, forward
+        self.target_key, self.ignore_index, self.mask_key = target_key, ignore_index, mask_key
+        self.ends, self.ways = EpochEnds(every_n_epochs), Ways(forward, self.state_key)
         self.start: Tensor | None = None
         self.nonfinite = NonfiniteWatch(self.state_key, " and are left out of the measures")
+        self.silence = SilenceWatch(self.state_key)
         self._of: weakref.ref[LightningModule] | None = None  # whose start it is
         self._tap: FeatureTap | None = None
         self._listens, self._head_reports, self._label, self._folder = False, False, "", ""
@@ -142,6 +144,9 @@ class GrassmannMonitor(Callback):
         self._listens, self._failed = False, set()
         self._heard = torch.zeros(())
         self.nonfinite.reset()
+        self.silence.begin()
+        self.ends.begin()
+        self.ways.begin()
         self._head_reports = any(
             isinstance(other, GrassmannHead) and other.head(pl_module) is head for other in callbacks_of(trainer)
         )
@@ -150,8 +155,10 @@ class GrassmannMonitor(Callback):
         if self.start is None:  # not in on_fit_start: with some strategies a checkpoint is loaded after it
             self.start = full_tensor(self._find(pl_module)[1].basis).cpu().clone()
         self._listens = self.mode == "online" and self._is_due(trainer)  # also in an epoch resumed in its middle
-        if self.mode == "exact" and self.data == "train":  # what is wrong with the data is said now
-            clean_loader(trainer, trainer.train_dataloader, "training")
+        if self.mode == "exact" and self._tap is not None:  # what is wrong with data or network is said now
+            ((name, loader),) = self._loader(trainer).items()
+            if loader is not None or name == "training":
+                try_first_batch(trainer, pl_module, clean_loader(trainer, loader, name), name, self.ways, [self._tap])
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._listens = self.mode == "online" and self._is_due(trainer)
@@ -173,18 +180,36 @@ class GrassmannMonitor(Callback):
         if not self._listens or self._tap is None:
             return
         try:
-            features, targets, keep = self._take(batch)
-        except TapError:
-            if any(metric.update_count for metric in self._metrics()):
-                return  # a step may skip the network now and then
-            raise
+            features, targets, left_out = self._take(batch)
+        except TapError as error:
+            self.silence.note(error, outputs)
+            return
+        self.silence.heard()
         repeated = repeated_rows(trainer, batch_idx, len(features), features.device)
         for metric in self._metrics():
-            metric.update(features[keep], targets[keep], None if repeated is None else repeated[keep])
+            metric.update(features, targets, left_out if repeated is None else left_out | repeated)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not (self._is_due(trainer) or is_last_epoch(trainer)):
-            return
+        if self.ends.is_due(trainer):
+            self.ends.note(trainer)
+            self._measure(trainer, pl_module)
+        self.silence.end_epoch(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.ends.missed(trainer):
+            with back_in_last_epoch(trainer, pl_module):
+                self._measure(trainer, pl_module)
+
+    def wanted(self, trainer: Trainer) -> dict[str, Any]:
+        return self._loader(trainer) if self.mode == "exact" and self.ends.is_due(trainer) else {}
+
+    def new_reading(self, trainer: Trainer, module: LightningModule, name: str) -> SeparationReading:
+        if self._tap is None or self._r2 is None or self._variability is None:
+            raise RuntimeError("the monitor reads only while fitting.")
+        how_many = self.max_samples_per_class, self.seed
+        return SeparationReading(trainer, module, self._tap, self._take, self._r2, self._variability, *how_many)
+
+    def _measure(self, trainer: Trainer, pl_module: LightningModule) -> None:
         basis = full_tensor(self._find(pl_module)[1].basis)
         if self.start is not None:
             distances = subspace_distances(basis, self.start)
@@ -201,8 +226,8 @@ class GrassmannMonitor(Callback):
         if self.figure and len(angles) and not getattr(trainer, "fast_dev_run", False):
             self._show(trainer, angles.cpu())
         if self.mode == "exact":
-            loader = trainer.train_dataloader if self.data == "train" else trainer.val_dataloaders
-            self._measure(trainer, pl_module, loader)
+            ((name, loader),) = self._loader(trainer).items()
+            read_clean(trainer, pl_module, self, name, loader)
         if self._r2 is not None and self._variability is not None and (self.mode == "exact" or self._listens):
             suffix = "_val" if self.data == "val" else ""
             self._log(pl_module, "r2", self._r2.compute(), suffix)
@@ -227,49 +252,25 @@ class GrassmannMonitor(Callback):
             )
         return label, head
 
-    def _measure(self, trainer: Trainer, module: LightningModule, loader: Any) -> None:
-        """Fill both metrics by a clean pass: R^2 from sums, the variability from samples of all processes."""
-        clean = clean_loader(trainer, loader, "training" if self.data == "train" else "validation")
-        r2, variability = self._metrics()
-        none = torch.zeros(0, dtype=torch.long, device=module.device)
-        kept: list[_Samples] = []
-        seen, held, most = 0, 0, 2**14
-        with without_trace(trainer, module):
-            for batch in clean_batches(trainer, module, clean):
-                if self._tap is not None:
-                    self._tap.listen()
-                run_forward(trainer, module, batch, self.forward)
-                h, t, keep = self._take(batch)
-                index = trainer.global_rank + trainer.world_size * torch.arange(seen, seen + len(h), device=h.device)
-                r2.update(h[keep], t[keep])
-                kept.append((h[keep], t[keep], index[keep]))
-                seen, held = seen + len(h), held + int(keep.sum())
-                if held > most:  # choose from twice what was chosen before, so that all choices cost but little
-                    kept = [self._sample(_joined(kept))]
-                    held = len(kept[0][0])
-                    most = max(most, 2 * held)
-        mine = self._sample(_joined(kept)) if kept else (torch.zeros(0, 1, device=module.device), none, none)
-        h, t, _ = self._sample(gather_samples(*mine))
-        variability.update(h, t)
-
-    def _sample(self, samples: "_Samples") -> "_Samples":
-        if self.max_samples_per_class is None:
-            return samples
-        features, targets, indices = samples
-        chosen = sample_of_each_class(targets, self.max_samples_per_class, self.seed, indices)
-        return features[chosen], targets[chosen], indices[chosen]
+    def _loader(self, trainer: Trainer) -> dict[str, Any]:
+        if self.data == "val":
+            return {"validation": trainer.val_dataloaders}
+        return {"training": trainer.train_dataloader}
 
     def _take(self, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Features, targets, and which of them count."""
+        """Features, targets (zero where a sample is left out), and which are left out."""
         if self._tap is None:
             raise RuntimeError("the monitor listens only while fitting.")
-        features = self._tap.take()
+        mask = mask_of(batch, self.mask_key)
+        features = self._tap.take(mask)
         where = f"the targets for layer {self._label}"
         targets = class_indices(targets_of(batch, self.target_key), len(features), where, self.pooling != "tokens")
         targets = targets.to(features.device)
-        keep = targets != self.ignore_index
-        self._heard = self._heard.to(keep.device) + keep.sum()
-        return features, targets, keep
+        left_out = targets == self.ignore_index
+        if self.pooling == "tokens" and mask is not None:
+            left_out |= ~mask.to(features.device).flatten()
+        self._heard = self._heard.to(left_out.device) + (~left_out).sum()
+        return features, targets.masked_fill(left_out, 0), left_out
 
     def _lost(self, trainer: Trainer, lost: Tensor) -> tuple[float, float]:
         """Over all processes, samples that were left out, and all that were heard."""
@@ -282,6 +283,7 @@ class GrassmannMonitor(Callback):
         return [metric for metric in (self._r2, self._variability) if metric is not None]
 
     def _is_due(self, trainer: Trainer) -> bool:
+        """Of an epoch that begins: as far as it is known in time."""
         epoch = trainer.current_epoch + 1
         return epoch == 1 or epoch == trainer.max_epochs or epoch % self.every_n_epochs == 0
 
@@ -301,11 +303,3 @@ class GrassmannMonitor(Callback):
         if self._tap is not None:
             self._tap.remove()
         self._tap, self._r2, self._variability, self._listens = None, None, None, False
-
-
-_Samples = tuple[Tensor, Tensor, Tensor]  # features, targets, and their numbers in the data set
-
-
-def _joined(parts: list[_Samples]) -> _Samples:
-    features, targets, indices = (torch.cat(column) for column in zip(*parts, strict=True))
-    return features, targets, indices

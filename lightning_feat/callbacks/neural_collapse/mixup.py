@@ -1,32 +1,29 @@
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
+from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Subset
 from torchmetrics.classification import MulticlassCalibrationError
 
 from lightning_feat.functional.common.class_sums import ClassSums, class_means, class_sums
 from lightning_feat.functional.neural_collapse.mixup import MixSums, draw_pairs, mix_measures, mix_sums
-from lightning_feat.joints.data.passes import (
-    Forward,
-    clean_batches,
-    clean_loader,
-    is_last_epoch,
-    run_forward,
-    without_trace,
-)
+from lightning_feat.joints.data.epoch_ends import EpochEnds, back_in_last_epoch
+from lightning_feat.joints.data.passes import clean_batches, clean_loader, hear, loader_like, try_first_batch
 from lightning_feat.joints.data.processes import full_tensor
+from lightning_feat.joints.data.shared_pass import Again, read_clean
+from lightning_feat.joints.data.trace import without_trace
+from lightning_feat.joints.data.ways import Forward, Ways, forward_inputs
 from lightning_feat.joints.features.batches import TargetKey, class_indices, inputs_of, targets_of
 from lightning_feat.joints.features.nonfinite import NonfiniteWatch
 from lightning_feat.joints.features.taps import FeatureTap
-from lightning_feat.joints.features.weights import read_weight
 from lightning_feat.joints.module.head_swap import named_or_found
 from lightning_feat.joints.run.twins import refuse_twin
-from lightning_feat.layers.neural_collapse import SimplexETF
 
 
 class MixupGeometryMonitor(Callback):
@@ -58,7 +55,8 @@ class MixupGeometryMonitor(Callback):
         num_bins: of the confidence, for the calibration error.
         target_key: where a batch keeps class indices, see ``joints.features.batches``. Its inputs, one floating tensor,
             come first, or are the batch.
-        forward: ``forward(module, inputs)`` that runs the network; None calls ``module(inputs)``.
+        forward: ``forward(module, inputs)`` that runs the network; None runs it as the module's own step does, see
+            ``joints.data.ways``.
     """
 
     def __init__(
@@ -81,8 +79,10 @@ class MixupGeometryMonitor(Callback):
             raise ValueError(f"{num_pairs=}, {every_n_epochs=} and {num_bins=}: each must be at least 1.")
         self.layer, self.data, self.shares = layer, data, tuple(shares)
         self.num_pairs, self.every_n_epochs, self.seed, self.num_bins = num_pairs, every_n_epochs, seed, num_bins
-        self.target_key, self.forward = target_key, forward
+        self.target_key = target_key
         self.inputs, self.outputs = FeatureTap(layer, read="input"), FeatureTap(layer)  # of the classifier
+        self.ends = EpochEnds(every_n_epochs)
+        self.ways = Ways(None if forward is None else _OnInputs(forward), self.state_key)
         self.nonfinite = NonfiniteWatch(self.state_key, "; what is made of them is nan")
 
     @property
@@ -96,30 +96,42 @@ class MixupGeometryMonitor(Callback):
         name, head = named_or_found(pl_module, self.layer)
         _rows(name, head)
         self.nonfinite.reset()
+        self.ends.begin()
+        self.ways.begin()
         self.inputs.attach(pl_module)
         self.outputs = FeatureTap(name, read="output")
         self.outputs.attach(pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # What is wrong with the data is said now. Loaders of a validation that comes later are not there yet.
+        # What is wrong with data or network is said now. Loaders of a validation that comes later are not there yet.
         if self.data == "train" or trainer.val_dataloaders is not None or trainer.check_val_every_n_epoch == 1:
-            loader = self._loader(trainer)
+            clean = clean_loader(trainer, self._loader(trainer), self.data)
             with without_trace(trainer, pl_module):
-                for batch in itertools.islice(clean_batches(trainer, pl_module, loader), 1):
+                for batch in itertools.islice(clean_batches(trainer, pl_module, clean), 1):
                     _mixable(batch)
                     self._classes(batch, targets_of(batch, self.target_key).numel())
+            try_first_batch(trainer, pl_module, clean, self.data, self.ways, [self.inputs, self.outputs])
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        epoch = trainer.current_epoch + 1
-        if epoch != 1 and epoch % self.every_n_epochs and not is_last_epoch(trainer):
-            return
-        rows_CD = full_tensor(_rows(*named_or_found(pl_module, self.layer)))
-        loader = self._loader(trainer)
-        with without_trace(trainer, pl_module):
-            centre_D, targets, calibration = self._clean(trainer, pl_module, loader, len(rows_CD))
-            totals = self._mixed(trainer, pl_module, loader, targets, centre_D, rows_CD)
-        values = mix_measures(totals, torch.tensor(self.shares), len(rows_CD))
-        for name, value in {**values, "calibration_error": calibration}.items():
+        if self.ends.is_due(trainer):
+            self.ends.note(trainer)
+            self._measure(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.ends.missed(trainer):
+            with back_in_last_epoch(trainer, pl_module):
+                self._measure(trainer, pl_module)
+
+    def wanted(self, trainer: Trainer) -> dict[str, Any]:
+        return {self.data: self._loader(trainer)} if self.ends.is_due(trainer) else {}
+
+    def new_reading(self, trainer: Trainer, module: LightningModule, name: str) -> "_MixReading":
+        return _MixReading(trainer, module, self)
+
+    def _measure(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        reading: _MixReading = read_clean(trainer, pl_module, self, self.data, self._loader(trainer))
+        self.nonfinite.check(trainer, self.inputs.label, *reading.lost)
+        for name, value in reading.values.items():
             # All processes have the same value; sync_dist only spares the reader a warning from Lightning.
             logged = value.float().to(pl_module.device)
             pl_module.log(f"mixup_geometry/{name}/{self.inputs.label}", logged, sync_dist=True)
@@ -130,62 +142,11 @@ class MixupGeometryMonitor(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._let_go()  # after an exception Lightning does not call teardown
 
-    def _loader(self, trainer: Trainer) -> DataLoader[Any]:
+    def _loader(self, trainer: Trainer) -> Any:
         loader = trainer.train_dataloader if self.data == "train" else trainer.val_dataloaders
         if not loader:
             raise ValueError(f"{self.state_key} has no {self.data} data: give the Trainer some, or set data='train'.")
-        return clean_loader(trainer, loader, self.data)
-
-    def _clean(
-        self, trainer: Trainer, module: LightningModule, loader: DataLoader[Any], num_classes: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The mean of the class means over all processes, the targets of this one, and the calibration error of all."""
-        error = MulticlassCalibrationError(num_classes, self.num_bins, "l1", validate_args=False).to(module.device)
-        sums: list[ClassSums] = []
-        targets: list[Tensor] = []
-        lost = torch.zeros((), device=module.device)
-        for batch in clean_batches(trainer, module, loader):
-            features, logits = self._run(trainer, module, _mixable(batch))
-            classes = self._classes(batch, len(features)).to(features.device)
-            error.update(logits.float().softmax(1), classes)
-            sums.append(class_sums(features, classes, num_classes))
-            targets.append(classes.cpu())
-            lost += (~features.isfinite().all(1)).sum()
-        added = ClassSums(*(_over_processes(trainer, module, torch.stack(e).sum(0)) for e in zip(*sums, strict=True)))
-        lost = _over_processes(trainer, module, lost)
-        self.nonfinite.check(trainer, self.inputs.label, float(lost), float(added.counts.sum()))
-        mean_CD = class_means(added)[added.counts > 0]
-        return mean_CD.mean(0), torch.cat(targets), error.compute()
-
-    def _mixed(
-        self,
-        trainer: Trainer,
-        module: LightningModule,
-        clean: DataLoader[Any],
-        targets: Tensor,
-        centre_D: Tensor,
-        rows_CD: Tensor,
-    ) -> MixSums:
-        parts: list[MixSums] = []
-        generator = torch.Generator().manual_seed(self.seed)
-        pairs_P2 = draw_pairs(targets, math.ceil(self.num_pairs / trainer.world_size), generator)
-        for batch in clean_batches(trainer, module, _pair_loader(clean, pairs_P2)):
-            inputs = _mixable(batch)
-            classes = self._classes(batch, len(inputs))
-            for share in self.shares:
-                mixed = share * inputs[::2] + (1 - share) * inputs[1::2]
-                features, logits = self._run(trainer, module, mixed)
-                first, second = (classes[start::2].to(features.device) for start in (0, 1))
-                shares_N = torch.full((len(mixed),), share, device=features.device)
-                centred_ND = features.to(centre_D) - centre_D
-                parts.append(mix_sums(centred_ND, logits, rows_CD, first, second, shares_N))
-        return MixSums(*(_over_processes(trainer, module, torch.stack(e).sum(0)) for e in zip(*parts, strict=True)))
-
-    def _run(self, trainer: Trainer, module: LightningModule, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Features and logits of the inputs."""
-        with self.inputs.listening(), self.outputs.listening():
-            run_forward(trainer, module, inputs, self.forward)
-            return self.inputs.take(), self.outputs.take()
+        return loader
 
     def _classes(self, batch: Any, num_samples: int) -> Tensor:
         return class_indices(targets_of(batch, self.target_key), num_samples, f"the targets of {self.state_key}")
@@ -195,8 +156,87 @@ class MixupGeometryMonitor(Callback):
         self.outputs.remove()
 
 
+class _MixReading:
+    """The clean samples, for the centre and the calibration, and then the pairs.
+
+    Attributes:
+        values: the measures, the same on all processes.
+        lost: samples that were not finite, and all.
+    """
+
+    title = "Mixup geometry"
+
+    def __init__(self, trainer: Trainer, module: LightningModule, monitor: MixupGeometryMonitor) -> None:
+        self._trainer, self._module, self._monitor = trainer, module, monitor
+        self.taps = [monitor.inputs, monitor.outputs]
+        self._rows_CD = full_tensor(_rows(*named_or_found(module, monitor.layer)))
+        num_classes = len(self._rows_CD)
+        self._error = MulticlassCalibrationError(num_classes, monitor.num_bins, "l1", validate_args=False)
+        self._error.to(module.device)
+        self._sums: list[ClassSums] = []
+        self._targets: list[Tensor] = []
+        self._lost = torch.zeros((), device=module.device)
+        self.values: dict[str, Tensor] = {}
+        self.lost = 0.0, 0.0
+
+    def take(self, batch: Any) -> None:
+        _mixable(batch)
+        features, logits = (tap.take() for tap in self.taps)
+        classes = self._monitor._classes(batch, len(features)).to(features.device)
+        self._error.update(logits.float().softmax(1), classes)
+        self._sums.append(class_sums(features, classes, len(self._rows_CD)))
+        self._targets.append(classes.cpu())
+        self._lost += (~features.isfinite().all(1)).sum()
+
+    def finish(self, again: Again) -> None:
+        added = ClassSums(*(self._of_all(torch.stack(e).sum(0)) for e in zip(*self._sums, strict=True)))
+        self.lost = float(self._of_all(self._lost)), float(added.counts.sum())
+        mean_CD = class_means(added)[added.counts > 0]
+        calibration, totals = self._error.compute(), self._mixed(mean_CD.mean(0))
+        measures = mix_measures(totals, torch.tensor(self._monitor.shares), len(self._rows_CD))
+        self.values = {**measures, "calibration_error": calibration}
+
+    def _mixed(self, centre_D: Tensor) -> MixSums:
+        """Each process draws its pairs from its own share of the samples."""
+        trainer, module, monitor = self._trainer, self._module, self._monitor
+        parts: list[MixSums] = []
+        generator = torch.Generator().manual_seed(monitor.seed)
+        num_pairs = math.ceil(monitor.num_pairs / trainer.world_size)
+        pairs_P2 = draw_pairs(torch.cat(self._targets), num_pairs, generator)
+        clean = clean_loader(trainer, monitor._loader(trainer), monitor.data)
+        for batch in clean_batches(trainer, module, _pair_loader(clean, pairs_P2)):
+            inputs = _mixable(batch)
+            way = monitor.ways.of(monitor.data) or forward_inputs
+            classes = monitor._classes(batch, len(inputs))
+            for share in monitor.shares:
+                mixed = share * inputs[::2] + (1 - share) * inputs[1::2]
+                features, logits = hear(trainer, module, _mixed_batch(batch, mixed), self.taps, way)
+                first, second = (classes[start::2].to(features.device) for start in (0, 1))
+                shares_N = torch.full((len(mixed),), share, device=features.device)
+                centred_ND = features.to(centre_D) - centre_D
+                parts.append(mix_sums(centred_ND, logits, self._rows_CD, first, second, shares_N))
+        return MixSums(*(self._of_all(torch.stack(e).sum(0)) for e in zip(*parts, strict=True)))
+
+    def _of_all(self, value: Tensor) -> Tensor:
+        """The sum over the processes."""
+        if self._trainer.world_size == 1:
+            return value
+        total: Any = self._trainer.strategy.reduce(value.to(self._module.device), reduce_op="sum")
+        return total.to(value.device)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class _OnInputs:
+    """A function of the inputs, as one of the batch."""
+
+    forward: Forward
+
+    def __call__(self, module: LightningModule, batch: Any) -> Any:
+        return self.forward(module, inputs_of(batch))
+
+
 def _rows(name: str, head: torch.nn.Module) -> Tensor:
-    rows = head.prototypes if isinstance(head, SimplexETF) else read_weight(head)
+    rows = getattr(head, "prototypes", getattr(head, "weight", None))
     if not isinstance(rows, Tensor) or rows.ndim != 2:
         raise ValueError(
             f"the classifier {name} is a {type(head).__name__}, without one vector for each class: mixed features have "
@@ -215,21 +255,22 @@ def _mixable(batch: Any) -> Tensor:
     return inputs
 
 
+def _mixed_batch(batch: Any, mixed: Tensor) -> Any:
+    """A batch like that of the pairs, with their mixes as inputs and the rest of the first sample of each."""
+    if isinstance(batch, Tensor):
+        return mixed
+    size = 2 * len(mixed)
+    rest = [tree_map(lambda leaf: _first_of_pairs(leaf, size), entry) for entry in batch[1:]]
+    if hasattr(batch, "_fields"):
+        return type(batch)(mixed, *rest)
+    return type(batch)([mixed, *rest])
+
+
+def _first_of_pairs(leaf: Any, size: int) -> Any:
+    return leaf[::2] if isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == size else leaf
+
+
 def _pair_loader(clean: DataLoader[Any], pairs_P2: Tensor) -> DataLoader[Any]:
     """The pairs, one sample after the other, so that batches hold both of each."""
     size = clean.batch_size or 2
-    return DataLoader(
-        Subset(clean.dataset, pairs_P2.flatten().tolist()),
-        batch_size=size + size % 2,
-        collate_fn=clean.collate_fn,
-        num_workers=clean.num_workers,
-        worker_init_fn=clean.worker_init_fn,
-        multiprocessing_context=clean.multiprocessing_context,
-    )
-
-
-def _over_processes(trainer: Trainer, module: LightningModule, value: Tensor) -> Tensor:
-    if trainer.world_size == 1:
-        return value
-    total: Any = trainer.strategy.reduce(value.to(module.device), reduce_op="sum")
-    return total.to(value.device)  # type: ignore[no-any-return]
+    return loader_like(clean, Subset(clean.dataset, pairs_P2.flatten().tolist()), size + size % 2)

@@ -6,15 +6,19 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_feat.callbacks.neural_collapse.classifier import classifier_tensors
-from lightning_feat.callbacks.neural_collapse.exact_pass import exact_pass
+from lightning_feat.callbacks.neural_collapse.exact_pass import CollapseReading
 from lightning_feat.callbacks.neural_collapse.report import CollapseReport
 from lightning_feat.callbacks.neural_collapse.thresholds import CollapseThreshold, ThresholdWatch
 from lightning_feat.functional.common.class_sums import GlobalMean
-from lightning_feat.joints.data.passes import Forward, clean_loader, is_last_epoch
+from lightning_feat.joints.data.epoch_ends import EpochEnds, back_in_last_epoch
+from lightning_feat.joints.data.passes import clean_loader, try_first_batch
 from lightning_feat.joints.data.processes import repeated_rows
+from lightning_feat.joints.data.shared_pass import read_clean
+from lightning_feat.joints.data.ways import Forward, Ways
 from lightning_feat.joints.features.batches import TargetKey, targets_of
 from lightning_feat.joints.features.labelled_taps import LabelledTaps
 from lightning_feat.joints.features.nonfinite import NonfiniteWatch
+from lightning_feat.joints.features.silence import SilenceWatch
 from lightning_feat.joints.features.taps import Pooling, Read, TapError
 from lightning_feat.joints.run.twins import callbacks_of, refuse_twin
 from lightning_feat.metrics.neural_collapse import NeuralCollapse
@@ -75,8 +79,8 @@ class NeuralCollapseMonitor(Callback):
         global_mean: what class means are centred by: the mean of the class means, or of all samples.
         second_moment: for the online mode, keep the ``(D, D)`` moment that NC1 by pseudo-inverse needs; None: up to D
             = 512.
-        forward: for the exact mode, ``forward(module, batch)`` that runs the network; None calls ``module(batch[0])``
-            for a tuple or list, else ``module(batch)``.
+        forward: for the exact mode, ``forward(module, batch)`` that runs the network; None runs it as the module's
+            own step does, see ``joints.data.ways``.
         memory_budget_mb: for the exact mode, what kept features may take on each process.
         figures: draw the cosines of the class means, the spectra of the scatter within and between classes, and the
             measures over the epochs, as ``neural_collapse-<layer>-epoch=<n>.png`` beside the logger's files and into
@@ -87,6 +91,8 @@ class NeuralCollapseMonitor(Callback):
             ``callbacks.neural_collapse.table``. None where there is a logger that has a folder; True also without, into
             ``default_root_dir``.
         thresholds: see :class:`CollapseThreshold`.
+        mask_key: where a batch keeps which tokens count ``(N, T)``, for ``pooling="mean"``, ``"max"`` or ``"tokens"``:
+            without it padding counts.
     """
 
     def __init__(
@@ -109,6 +115,7 @@ class NeuralCollapseMonitor(Callback):
         figures: bool = False,
         table: bool | None = None,
         thresholds: list[CollapseThreshold] | None = None,
+        mask_key: TargetKey = None,
     ) -> None:
         if mode not in ("online", "exact") or data not in ("train", "val", "both"):
             raise ValueError(f"mode={mode!r}, data={data!r}: choose 'online' or 'exact', and 'train', 'val' or 'both'.")
@@ -121,17 +128,19 @@ class NeuralCollapseMonitor(Callback):
         layers: list[str | None] = [*layer] if isinstance(layer, list) else [layer]
         if len(set(layers)) < len(layers) or not layers:
             raise ValueError(f"layer={layer}: name each layer once, and at least one.")
-        self.taps = LabelledTaps(layers, read, pooling, classifier, target_key, ignore_index)
+        self.taps = LabelledTaps(layers, read, pooling, classifier, target_key, ignore_index, mask_key)
         self.num_classes = num_classes
         self._beside_online = False
         self.mode, self.data, self.every_n_epochs = mode, data, every_n_epochs
+        self.ends = EpochEnds(every_n_epochs)
         self.measures = tuple(measures) if measures is not None else DEFAULT_MEASURES
         self.global_mean, self.second_moment = global_mean, second_moment
-        self.forward = forward
+        self.ways = Ways(forward, self.state_key)
         self.memory_budget_mb = memory_budget_mb
         self.report = CollapseReport(mode, figures, table)
         self.watch = ThresholdWatch(thresholds or [])
         self.nonfinite = NonfiniteWatch("neural collapse", " and are left out of the measures")
+        self.silence = SilenceWatch(self.state_key)
         self._online: dict[str, NeuralCollapse] = {}
         self._warned: set[str] = set()
 
@@ -160,13 +169,19 @@ class NeuralCollapseMonitor(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Not in setup: before configure_model the layers may not be there, or be replaced later.
         self._online, self._warned = {}, set()
+        self.ends.begin()
+        self.ways.begin()
         self.watch.reset()
         self.nonfinite.reset()
+        self.silence.begin()
         self.taps.attach(pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.mode == "exact" and self.data != "val":  # what is wrong with the data is said now
-            clean_loader(trainer, trainer.train_dataloader, "training")
+        if self.mode == "exact":  # what is wrong with the data, or with how the network is run, is said now
+            for name, loader in self._loaders(trainer).items():
+                if loader is not None or name == "training":
+                    clean = clean_loader(trainer, loader, name)
+                    try_first_batch(trainer, pl_module, clean, name, self.ways, self.taps.taps)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for metric in self._online.values():
@@ -186,28 +201,35 @@ class NeuralCollapseMonitor(Callback):
             return
         try:
             heard = self.taps.take(batch)
-        except TapError:
-            if self._online or not outputs:
-                return  # a step may skip the network now and then
-            raise
-        for label, (features, targets) in heard.labelled.items():
+        except TapError as error:
+            self.silence.note(error, outputs)
+            return
+        self.silence.heard()
+        for label, (features, targets, left_out) in heard.labelled.items():
             if label not in self._online:
                 self._online[label] = self._metric(pl_module, features)
             repeated = self._repeated(trainer, len(features), batch, batch_idx)
-            self._online[label].update(features, targets, repeated)
+            if repeated is not None and left_out is not None:
+                left_out = left_out | repeated
+            self._online[label].update(features, targets, repeated if left_out is None else left_out)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.mode == "online":
             for label, metric in self._online.items():
                 self._report(trainer, pl_module, metric, label, "train")
-        elif self._is_due(trainer):
-            if self.data in ("train", "both"):
-                self._measure(trainer, pl_module, trainer.train_dataloader, "train")
-            if self.data in ("val", "both"):
-                self._measure(trainer, pl_module, trainer.val_dataloaders, "val")
+            self.silence.end_epoch(trainer)
+        elif self.ends.is_due(trainer):
+            self.ends.note(trainer)
+            self._measure(trainer, pl_module)
         else:
             return
         self.watch.end_round()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.mode == "exact" and self.ends.missed(trainer):
+            with back_in_last_epoch(trainer, pl_module):
+                self._measure(trainer, pl_module)
+            self.watch.end_round()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._let_go()
@@ -215,15 +237,25 @@ class NeuralCollapseMonitor(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._let_go()  # after an exception Lightning does not call teardown
 
-    def _measure(self, trainer: Trainer, module: LightningModule, loader: Any, data: str) -> None:
-        name = {"train": "training", "val": "validation"}[data]
+    def _loaders(self, trainer: Trainer) -> dict[str, Any]:
+        loaders = {"training": trainer.train_dataloader, "validation": trainer.val_dataloaders}
+        wanted = {"train": ["training"], "val": ["validation"], "both": [*loaders]}[self.data]
+        return {name: loaders[name] for name in wanted}
 
+    def wanted(self, trainer: Trainer) -> dict[str, Any]:
+        return self._loaders(trainer) if self.mode == "exact" and self.ends.is_due(trainer) else {}
+
+    def new_reading(self, trainer: Trainer, module: LightningModule, name: str) -> CollapseReading:
         def new_metric(features: Tensor) -> NeuralCollapse:
             return self._metric(module, features)
 
-        metrics = exact_pass(trainer, module, loader, name, self.taps, new_metric, self.forward, self.memory_budget_mb)
-        for label, metric in metrics.items():
-            self._report(trainer, module, metric, label, data)
+        return CollapseReading(trainer, module, name, self.taps, new_metric, self.memory_budget_mb)
+
+    def _measure(self, trainer: Trainer, module: LightningModule) -> None:
+        for name, loader in self._loaders(trainer).items():
+            reading: CollapseReading = read_clean(trainer, module, self, name, loader)
+            for label, metric in reading.metrics.items():
+                self._report(trainer, module, metric, label, "train" if name == "training" else "val")
 
     def _metric(self, module: LightningModule, features: Tensor) -> NeuralCollapse:
         num_classes = self.taps.count_classes(module) if self.num_classes is None else self.num_classes
@@ -259,21 +291,13 @@ class NeuralCollapseMonitor(Callback):
                 module.log(f"{method}/{name}/{label}", value.float(), sync_dist=True)
         numbers = {name: float(value) for name, value in values.items()}
         self.watch.check(trainer, label, data, numbers)  # first: it may say that this epoch is the last
-        picture = metric.picture() if self.report.figures and self._is_due(trainer) else None
+        picture = metric.picture() if self.report.figures and self.ends.is_due(trainer) else None
         self.report.add(trainer, label, data, numbers, picture)
 
     def _warn_once(self, sentence: str) -> None:
         if sentence not in self._warned:
             self._warned.add(sentence)
             rank_zero_warn(f"neural collapse: {sentence}")
-
-    def _is_due(self, trainer: Trainer) -> bool:
-        epoch = trainer.current_epoch + 1
-        if epoch == 1 or is_last_epoch(trainer):
-            return True
-        if self.every_n_epochs == "log":
-            return epoch & (epoch - 1) == 0 or (epoch % 3 == 0 and (epoch // 3) & (epoch // 3 - 1) == 0)
-        return epoch % self.every_n_epochs == 0
 
     def _repeated(self, trainer: Trainer, num_samples: int, batch: Any, batch_idx: int) -> Tensor | None:
         """Which samples of this batch the sampler repeats; None where that is not so, or not known."""

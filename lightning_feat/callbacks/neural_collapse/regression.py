@@ -1,25 +1,20 @@
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from lightning_feat.functional.neural_collapse.regression import nrc1, nrc2, nrc3, nrc3_best_gamma, target_covariance
-from lightning_feat.joints.data.passes import (
-    Forward,
-    clean_batches,
-    clean_loader,
-    is_last_epoch,
-    run_forward,
-    without_trace,
-)
+from lightning_feat.joints.data.epoch_ends import EpochEnds, back_in_last_epoch
+from lightning_feat.joints.data.passes import clean_loader, try_first_batch
 from lightning_feat.joints.data.processes import full_tensor, gather_samples
+from lightning_feat.joints.data.shared_pass import Again, read_clean
+from lightning_feat.joints.data.ways import Forward, Ways
 from lightning_feat.joints.features.batches import TargetKey, targets_of
 from lightning_feat.joints.features.heads import find_classifier
 from lightning_feat.joints.features.nonfinite import NonfiniteWatch
 from lightning_feat.joints.features.taps import FeatureTap, find_layer
-from lightning_feat.joints.features.weights import read_weight
 from lightning_feat.joints.run.twins import refuse_twin
 
 
@@ -40,8 +35,8 @@ class RegressionCollapseMonitor(Callback):
         every_n_epochs: after the first epoch, every n-th and the last.
         centered: whether NRC1 takes the principal components of the centred features.
         target_key: where a batch keeps the targets ``(N,)`` or ``(N, n)``, see ``joints.features.batches``.
-        forward: ``forward(module, batch)`` that runs the network; None calls ``module(batch[0])`` for a tuple or list,
-            else ``module(batch)``.
+        forward: ``forward(module, batch)`` that runs the network; None runs it as the module's own step does, see
+            ``joints.data.ways``.
     """
 
     def __init__(
@@ -59,7 +54,8 @@ class RegressionCollapseMonitor(Callback):
             raise ValueError(f"every_n_epochs={every_n_epochs} must be at least 1.")
         self.tap = FeatureTap(head, "input")
         self.data, self.every_n_epochs, self.centered = data, every_n_epochs, centered
-        self.target_key, self.forward = target_key, forward
+        self.target_key = target_key
+        self.ends, self.ways = EpochEnds(every_n_epochs), Ways(forward, self.state_key)
         self.nonfinite = NonfiniteWatch(self.state_key, "; what is made of them is nan")
 
     @property
@@ -77,30 +73,50 @@ class RegressionCollapseMonitor(Callback):
                 "but regression collapse is defined for no more outputs than features."
             )
         self.nonfinite.reset()
+        self.ends.begin()
+        self.ways.begin()
         self.tap.attach(pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.data == "train":  # what is wrong with the data is said now
-            clean_loader(trainer, trainer.train_dataloader, "training")
+        for name, loader in self._loader(trainer).items():  # what is wrong with data or network is said now
+            if loader is not None or name == "training":
+                clean = clean_loader(trainer, loader, name)
+                try_first_batch(trainer, pl_module, clean, name, self.ways, [self.tap])
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        epoch = trainer.current_epoch + 1
-        if epoch > 1 and epoch % self.every_n_epochs and not is_last_epoch(trainer):
-            return
-        val = self.data == "val"
-        loader = trainer.val_dataloaders if val else trainer.train_dataloader
-        features, targets = self._read(
-            trainer, pl_module, clean_loader(trainer, loader, "validation" if val else "training")
-        )
+        if self.ends.is_due(trainer):
+            self.ends.note(trainer)
+            self._measure(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.ends.missed(trainer):
+            with back_in_last_epoch(trainer, pl_module):
+                self._measure(trainer, pl_module)
+
+    def wanted(self, trainer: Trainer) -> dict[str, Any]:
+        return self._loader(trainer) if self.ends.is_due(trainer) else {}
+
+    def new_reading(self, trainer: Trainer, module: LightningModule, name: str) -> "_Samples":
+        return _Samples(trainer, module, self.tap, self._targets)
+
+    def _loader(self, trainer: Trainer) -> dict[str, Any]:
+        if self.data == "val":
+            return {"validation": trainer.val_dataloaders}
+        return {"training": trainer.train_dataloader}
+
+    def _measure(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        ((name, loader),) = self._loader(trainer).items()
+        samples: _Samples = read_clean(trainer, pl_module, self, name, loader)
+        features, targets = samples.features, samples.targets
         lost = int((~features.isfinite().all(1)).sum())
         self.nonfinite.check(trainer, self.tap.label, lost, len(features))
-        weight = full_tensor(read_weight(self._head(pl_module)))
+        weight = full_tensor(self._head(pl_module).weight)
         values = {"nrc1": nrc1(features, targets.shape[1], self.centered), "nrc2": nrc2(features, weight)}
         if targets.shape[1] > 1:
             covariance = target_covariance(targets)
             values["nrc3_gamma"] = nrc3_best_gamma(weight, covariance)
             values["nrc3"] = nrc3(weight, covariance, values["nrc3_gamma"])
-        method = "regression_collapse_val" if val else "regression_collapse"
+        method = "regression_collapse_val" if self.data == "val" else "regression_collapse"
         for name, value in values.items():
             # All processes hold the same features; sync_dist only spares the reader a warning from Lightning.
             logged = value.to(pl_module.device, torch.float32)
@@ -121,20 +137,6 @@ class RegressionCollapseMonitor(Callback):
             )
         return head
 
-    def _read(self, trainer: Trainer, module: LightningModule, loader: DataLoader[Any]) -> tuple[Tensor, Tensor]:
-        """Features ``(N, D)`` and targets ``(N, n)`` of all processes, in the order of the data set."""
-        features, targets = [], []
-        with without_trace(trainer, module):
-            for batch in clean_batches(trainer, module, loader):
-                with self.tap.listening():
-                    run_forward(trainer, module, batch, self.forward)
-                    features.append(self.tap.take())
-                targets.append(self._targets(batch, features[-1]))
-        h = torch.cat(features) if features else torch.zeros(0, 1, device=module.device)
-        y = torch.cat(targets) if targets else torch.zeros(0, 1, device=module.device)
-        index = trainer.global_rank + trainer.world_size * torch.arange(len(h), device=h.device)
-        return gather_samples(h, y, index)[:2]
-
     def _targets(self, batch: Any, features: Tensor) -> Tensor:
         targets = targets_of(batch, self.target_key)
         targets = targets[:, None] if targets.ndim == 1 else targets
@@ -144,3 +146,32 @@ class RegressionCollapseMonitor(Callback):
                 f"{tuple(targets.shape)} {targets.dtype}: set target_key, or take NeuralCollapseMonitor for classes."
             )
         return targets.to(features.device)
+
+
+class _Samples:
+    """Features ``(N, D)`` and targets ``(N, n)`` of all processes, in the order of the data set."""
+
+    title = "Regression collapse"
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        tap: FeatureTap,
+        targets_of: Callable[[Any, Tensor], Tensor],
+    ) -> None:
+        self._trainer, self._targets_of, self.taps = trainer, targets_of, [tap]
+        self.features = self.targets = torch.zeros(0, 1, device=module.device)
+        self._parts: list[tuple[Tensor, Tensor]] = []
+
+    def take(self, batch: Any) -> None:
+        features = self.taps[0].take()
+        self._parts.append((features, self._targets_of(batch, features)))
+
+    def finish(self, again: Again) -> None:
+        if self._parts:
+            self.features, self.targets = (torch.cat(column) for column in zip(*self._parts, strict=True))
+        self._parts = []
+        world, device = self._trainer.world_size, self.features.device
+        index = self._trainer.global_rank + world * torch.arange(len(self.features), device=device)
+        self.features, self.targets, _ = gather_samples(self.features, self.targets, index)

@@ -73,6 +73,7 @@ class MetricHistory(Callback):
         checkpoint["callbacks"][self.state_key] = self.state_dict()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._complete_epoch(trainer)  # with what others have measured when the run ended early
         self._report_once(trainer)  # not in on_train_end: the progress bar would still be in the way
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

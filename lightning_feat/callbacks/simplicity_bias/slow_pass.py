@@ -15,8 +15,10 @@ from lightning_feat.functional.common.class_sums import check_target_range
 from lightning_feat.functional.simplicity_bias.clusters import slow_examples
 from lightning_feat.functional.simplicity_bias.hard_examples import highest_losses, misclassified, random_examples
 from lightning_feat.joints.data.pass_progress import pass_progress
-from lightning_feat.joints.data.passes import Forward, clean_batches, run_forward, without_trace
+from lightning_feat.joints.data.passes import clean_batches, hear, try_first_batch
 from lightning_feat.joints.data.processes import gather_on_first
+from lightning_feat.joints.data.trace import without_trace
+from lightning_feat.joints.data.ways import Forward, Ways
 from lightning_feat.joints.features.batches import TargetKey, class_indices, targets_of
 from lightning_feat.joints.features.taps import FeatureTap
 
@@ -73,15 +75,21 @@ class SlowPass:
         half: bool,
     ) -> None:
         self.outputs, self.choose, self.criterion = outputs, choose, criterion
-        self.target_key, self.forward, self.half = target_key, forward, half
+        self.target_key, self.half = target_key, half
+        self.ways = Ways(forward, "SimplicityBiasUpsampler")
         self.num_classes = 0  # seen in a batch
         self.logits = FeatureTap(layer, "output")
         self.features = FeatureTap(layer, "input")
 
     def attach(self, module: LightningModule) -> None:
         """Hook the classifier."""
+        self.ways.begin()
         self.logits.attach(module)
         self.features.attach(module)
+
+    def try_first_batch(self, trainer: Trainer, module: LightningModule, loader: DataLoader[Any]) -> None:
+        """Run the network on a first batch, so that what is wrong is said now, and not after some epochs."""
+        try_first_batch(trainer, module, loader, "training", self.ways, [self.logits, self.features])
 
     def remove(self) -> None:
         """Take the hooks away."""
@@ -125,8 +133,10 @@ class SlowPass:
         # Rows are told apart by their place: one that is left out would give its name to the next.
         if looked != size and not getattr(trainer, "fast_dev_run", False):
             raise ValueError(
-                f"{looked} of {size} training examples came out of the data loader: its collate_fn must leave none "
-                "out, or it cannot be told which are slow."
+                f"{looked} rows of logits came out of a pass in eval mode over {size} training examples, but one of "
+                "each is needed to tell which are slow: a collate_fn must leave none out, and a network that gives "
+                "several rows of an example, or none, needs forward= (forward(module, batch)), which runs it once on "
+                "each."
             )
 
     def _look(self, trainer: Trainer, module: LightningModule, loader: DataLoader[Any]) -> Looked:
@@ -134,9 +144,9 @@ class SlowPass:
         with without_trace(trainer, module), pass_progress(trainer) as progress:
             progress.start("Slow examples, training data", len(loader))
             for batch in clean_batches(trainer, module, loader):
-                with self.logits.listening(), self.features.listening():
-                    run_forward(trainer, module, batch, self.forward)
-                    logits, features = self.logits.take().float(), self.features.take().float()
+                taps = [self.logits, self.features]
+                way = self.ways.find(trainer, module, batch, "training", taps)
+                logits, features = (heard.float() for heard in hear(trainer, module, batch, taps, way))
                 found = class_indices(targets_of(batch, self.target_key), len(logits), "the targets").to(logits.device)
                 if len(found) and (found.min() < 0 or found.max() >= logits.shape[1]):
                     raise ValueError(

@@ -1,4 +1,5 @@
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, Literal
 
 import torch
@@ -16,16 +17,12 @@ from lightning_feat.functional.transfer.probe import (
     hold_out,
     linear_probe,
 )
-from lightning_feat.joints.data.passes import (
-    Forward,
-    clean_batches,
-    clean_loader,
-    is_last_epoch,
-    run_forward,
-    without_trace,
-)
+from lightning_feat.joints.data.epoch_ends import EpochEnds, back_in_last_epoch
+from lightning_feat.joints.data.passes import clean_loader, try_first_batch
 from lightning_feat.joints.data.processes import gather_samples
-from lightning_feat.joints.features.batches import TargetKey, class_indices, targets_of
+from lightning_feat.joints.data.shared_pass import Again, read_clean
+from lightning_feat.joints.data.ways import Forward, Ways
+from lightning_feat.joints.features.batches import TargetKey, class_indices, mask_of, targets_of
 from lightning_feat.joints.features.nonfinite import NonfiniteWatch
 from lightning_feat.joints.features.taps import FeatureTap, Pooling, Read
 from lightning_feat.joints.run.twins import refuse_twin
@@ -62,9 +59,12 @@ class LinearProbe(Callback):
         scaling: of the features, see ``functional.transfer.linear_probe``.
         penalties: to choose from.
         target_key: where a batch keeps class indices, see ``joints.features.batches``.
-        ignore_index: samples with this target are left out.
-        forward: ``forward(module, batch)`` that runs the network; None calls ``module(batch[0])`` for a tuple or list,
-            else ``module(batch)``.
+        ignore_index: samples with this target are left out, and so are those with a target below zero, which say that
+            there is no label.
+        mask_key: where a batch keeps which tokens count ``(N, T)``, for ``pooling="mean"``, ``"max"`` or ``"tokens"``:
+            without it padding counts.
+        forward: ``forward(module, batch)`` that runs the network; None runs it as the module's own step does, see
+            ``joints.data.ways``.
 
     Attributes:
         result: of the last probe, with the chosen penalty and the validation curve; None before.
@@ -86,6 +86,7 @@ class LinearProbe(Callback):
         target_key: TargetKey = None,
         ignore_index: int = -100,
         forward: Forward | None = None,
+        mask_key: TargetKey = None,
     ) -> None:
         if every_n_epochs is not None and every_n_epochs < 1:
             raise ValueError(f"every_n_epochs={every_n_epochs} must be at least 1, or None for the last epoch alone.")
@@ -99,7 +100,8 @@ class LinearProbe(Callback):
         self.loaders: _Loaders = {"train": train, "val": val, "test": test}
         self.scaling: Scaling = scaling
         self.penalties = tuple(penalties)
-        self.target_key, self.ignore_index, self.forward = target_key, ignore_index, forward
+        self.target_key, self.ignore_index, self.mask_key = target_key, ignore_index, mask_key
+        self.ends, self.ways = EpochEnds(every_n_epochs, first=False), Ways(forward, self.state_key)
         self.result: LinearProbeResult | None = None
         self.nonfinite = NonfiniteWatch(self.state_key, "; the accuracy is nan")
 
@@ -113,6 +115,8 @@ class LinearProbe(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.result = None
         self.nonfinite.reset()
+        self.ends.begin()
+        self.ways.begin()
         self.tap.attach(pl_module)
         if self.data is not None:
             self.loaders = _loaders_of(trainer, self.data)
@@ -121,22 +125,39 @@ class LinearProbe(Callback):
         # What is wrong with the data is said now, not after the last epoch. Loaders of a validation that comes later
         # are not there yet.
         late = trainer.val_dataloaders is None and trainer.check_val_every_n_epoch != 1
+        foreign = any(loader is not None for loader in self.loaders.values())
+        if foreign and self.ways.forward is None and isinstance(trainer.train_dataloader, DataLoader):
+            run = clean_loader(trainer, trainer.train_dataloader, "train")  # on its own data the module says how
+            with suppress(ValueError):
+                try_first_batch(trainer, pl_module, run, "run", self.ways, [self.tap])
         for name, loader in self._parts(trainer, val_may_be_missing=late).items():
-            clean_loader(trainer, loader, name)
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        own = any(loader is not None for loader in self.loaders.values())
-        if batch_idx == 0 and not own:  # what is wrong with the targets is said now
-            targets = targets_of(batch, self.target_key)
-            class_indices(targets, targets.numel(), f"the targets for layer {self.tap.label}")
+            clean = clean_loader(trainer, loader, name)
+            batch = try_first_batch(trainer, pl_module, clean, name, self.ways, [self.tap], foreign)
+            if batch is not None:
+                targets = targets_of(batch, self.target_key)
+                class_indices(targets, targets.numel(), f"the targets for layer {self.tap.label}")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self._is_due(trainer):
-            return
-        features = {
-            name: self._read(trainer, pl_module, clean_loader(trainer, loader, name))
-            for name, loader in self._parts(trainer).items()
-        }
+        if self.ends.is_due(trainer):
+            self.ends.note(trainer)
+            self._measure(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.ends.missed(trainer):
+            with back_in_last_epoch(trainer, pl_module):
+                self._measure(trainer, pl_module)
+
+    def wanted(self, trainer: Trainer) -> dict[str, Any]:
+        return self._parts(trainer) if self.ends.is_due(trainer) else {}
+
+    def new_reading(self, trainer: Trainer, module: LightningModule, name: str) -> "_Samples":
+        return _Samples(trainer, module, self)
+
+    def _measure(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        features: dict[str, tuple[Tensor, Tensor]] = {}
+        for name, loader in self._parts(trainer).items():
+            samples: _Samples = read_clean(trainer, pl_module, self, name, loader)
+            features[name] = samples.features, samples.targets
         if "val" not in features:
             held = hold_out(features["train"][1])
             (h, t) = features["train"]
@@ -184,30 +205,37 @@ class LinearProbe(Callback):
             )
         return {str(name): loader for name, loader in parts.items()}
 
-    def _read(self, trainer: Trainer, module: LightningModule, loader: DataLoader[Any]) -> tuple[Tensor, Tensor]:
-        """Features and targets of all processes, in the order of the data set."""
-        features, targets = [], []
-        with without_trace(trainer, module):
-            for batch in clean_batches(trainer, module, loader):
-                with self.tap.listening():
-                    run_forward(trainer, module, batch, self.forward)
-                    h = self.tap.take()
-                features.append(h)
-                where = f"the targets for layer {self.tap.label}"
-                found = class_indices(targets_of(batch, self.target_key), len(h), where, self.tap.pooling != "tokens")
-                targets.append(found.to(h.device))
-        h = torch.cat(features) if features else torch.zeros(0, 1, device=module.device)
-        t = torch.cat(targets) if targets else torch.zeros(0, dtype=torch.long, device=module.device)
-        index = trainer.global_rank + trainer.world_size * torch.arange(len(t), device=t.device)
-        h, t, _ = gather_samples(h, t, index)
-        keep = t != self.ignore_index
-        return h[keep], t[keep]
 
-    def _is_due(self, trainer: Trainer) -> bool:
-        epoch = trainer.current_epoch + 1
-        if self.every_n_epochs is not None and epoch % self.every_n_epochs == 0:
-            return True
-        return is_last_epoch(trainer)
+class _Samples:
+    """Features and targets of all processes, in the order of the data set, those left out that have no class."""
+
+    title = "Linear probe"
+
+    def __init__(self, trainer: Trainer, module: LightningModule, probe: LinearProbe) -> None:
+        self._trainer, self._probe, self.taps = trainer, probe, [probe.tap]
+        self.features = torch.zeros(0, 1, device=module.device)
+        self.targets = torch.zeros(0, dtype=torch.long, device=module.device)
+        self._parts: list[tuple[Tensor, Tensor]] = []
+
+    def take(self, batch: Any) -> None:
+        probe, tap = self._probe, self._probe.tap
+        mask = mask_of(batch, probe.mask_key)
+        h = tap.take(mask)
+        where = f"the targets for layer {tap.label}"
+        t = class_indices(targets_of(batch, probe.target_key), len(h), where, tap.pooling != "tokens").to(h.device)
+        if tap.pooling == "tokens" and mask is not None:
+            t = t.masked_fill(~mask.to(h.device).flatten(), probe.ignore_index)
+        self._parts.append((h, t))
+
+    def finish(self, again: Again) -> None:
+        if self._parts:
+            self.features, self.targets = (torch.cat(column) for column in zip(*self._parts, strict=True))
+        self._parts = []
+        world, device = self._trainer.world_size, self.targets.device
+        index = self._trainer.global_rank + world * torch.arange(len(self.targets), device=device)
+        h, t, _ = gather_samples(self.features, self.targets, index)
+        keep = (t != self._probe.ignore_index) & (t >= 0)
+        self.features, self.targets = h[keep], t[keep]
 
 
 def _loaders_of(trainer: Trainer, data: LightningDataModule) -> _Loaders:

@@ -141,7 +141,8 @@ def fit_logistic_regression(features: Tensor, targets: Tensor, num_classes: int,
 
 
 def hold_out(targets: Tensor, share: float = 0.2, seed: int = 0) -> Tensor:
-    """Mask ``(N,)`` of a share of each class, for validation; rounded, and always leaving one sample of a class.
+    """Mask ``(N,)`` of a share of each class, for validation; rounded, but at least one sample of a class, and always
+    leaving one.
 
     Example:
         >>> hold_out(torch.tensor([0, 0, 0, 0, 1, 1, 2]), share=0.5).sum()
@@ -153,7 +154,7 @@ def hold_out(targets: Tensor, share: float = 0.2, seed: int = 0) -> Tensor:
     held_N = torch.zeros(len(targets), dtype=torch.bool)
     for target in targets.unique():
         members = (targets == target).nonzero()[:, 0]
-        most = min(round(share * len(members)), len(members) - 1)
+        most = min(max(1, round(share * len(members))), len(members) - 1)
         if most:
             held_N[members[sample_of_each_class(targets[members], most, seed, members)].cpu()] = True
     return held_N.to(targets.device)

@@ -1,44 +1,37 @@
 """Run a network over a data set in the middle of a fit, without a trace.
 
-Eval mode, no gradient, the order of the data set, each sample once over all processes; the random numbers, the
-BatchNorm statistics and what the training has logged stay as they are.
+Eval mode, no gradient, the order of the data set, each sample once over all processes; see ``trace`` for what stays as
+it is, and ``ways`` for how the network is run.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sized
-from contextlib import contextmanager
-from typing import Any, TypeAlias
+from collections.abc import Iterator, Sequence, Sized
+from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.trainer.states import RunningStage
-from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
 from torch.utils.data import (
+    BatchSampler,
     DataLoader,
     DistributedSampler,
     IterableDataset,
+    RandomSampler,
+    SequentialSampler,
     Subset,
     SubsetRandomSampler,
     WeightedRandomSampler,
 )
 
-from lightning_feat.joints.data.samplers import is_plain, processes_share, sampler_of
-from lightning_feat.joints.features.batches import inputs_of
-
-Forward: TypeAlias = Callable[[LightningModule, Any], Any]
-
-
-def forward_inputs(module: LightningModule, batch: Any) -> Any:
-    """The usual forward pass: ``module(inputs)``, with the first entry of a tuple or list, or with the whole batch."""
-    return module(inputs_of(batch))
+from lightning_feat.joints.data.trace import without_trace
+from lightning_feat.joints.data.ways import Forward, Ways, forward_inputs
+from lightning_feat.joints.features.taps import FeatureTap
 
 
 def clean_loader(trainer: Trainer, loader: Any, name: str) -> DataLoader[Any]:
     """A loader of this process's share of the same data: in the order of the data set, nothing left out, nothing
     repeated.
 
-    Batch size, collation and workers are those of ``loader``. Process r of W takes the samples r, r + W, r + 2 W, ...;
-    or all, where each process has data of its own (``processes_share``).
+    Batch size, collation and workers are those of ``loader``. Process r of W takes the samples r, r + W, r + 2 W, ...
 
     Args:
         trainer: knows the processes.
@@ -63,68 +56,29 @@ def clean_loader(trainer: Trainer, loader: Any, name: str) -> DataLoader[Any]:
         )
     dataset = _drawn_from(loader, name)
     size = len(dataset) if isinstance(dataset, Sized) else 0
-    shared = processes_share(trainer, loader)
-    if (size % trainer.world_size or not shared) and type(trainer.strategy).__name__ == "ModelParallelStrategy":
-        why = f"do not divide by {trainer.world_size} processes" if shared else "are those of one process alone"
+    if size % trainer.world_size and type(trainer.strategy).__name__ == "ModelParallelStrategy":
         raise ValueError(
-            f"under FSDP2 every process must run equally many batches, but {size} samples of the {name} data {why}: "
-            "use the online mode."
+            f"under FSDP2 every process must run equally many batches, but {size} samples of the {name} data do not "
+            f"divide by {trainer.world_size} processes: use the online mode."
         )
-    split = shared and trainer.world_size > 1
-    share = Subset(dataset, range(trainer.global_rank, size, trainer.world_size)) if split else dataset
-    return DataLoader(
-        share,
-        batch_size=None if loader.batch_sampler is None else getattr(loader.batch_sampler, "batch_size", 1),
-        collate_fn=loader.collate_fn,
-        num_workers=loader.num_workers,
-        pin_memory=loader.pin_memory,
-        worker_init_fn=loader.worker_init_fn,
-        multiprocessing_context=loader.multiprocessing_context,
-    )
+    share = Subset(dataset, range(trainer.global_rank, size, trainer.world_size)) if trainer.world_size > 1 else dataset
+    batch_size = None if loader.batch_sampler is None else getattr(loader.batch_sampler, "batch_size", 1)
+    return loader_like(loader, share, batch_size)
 
 
 def _drawn_from(loader: DataLoader[Any], name: str) -> Any:
     """The data set of the loader, or the part of it that its sampler draws from."""
-    sampler: Any = sampler_of(loader)
+    sampler: Any = loader.sampler
     sampler = getattr(getattr(sampler, "dataset", None), "_sampler", sampler)  # Lightning wraps those of users
     if isinstance(sampler, SubsetRandomSampler):
         return Subset(loader.dataset, sorted(int(i) for i in sampler.indices))
-    if is_plain(sampler):
-        first = len(sampler.data_source)
-        return loader.dataset if first == len(loader.dataset) else Subset(loader.dataset, range(first))  # type: ignore[arg-type]
-    if loader.batch_sampler is not None and not isinstance(sampler, (WeightedRandomSampler, DistributedSampler)):
+    whole = (SequentialSampler, RandomSampler, WeightedRandomSampler, DistributedSampler)
+    if type(loader.batch_sampler) is BatchSampler and not isinstance(sampler, whole):
         raise ValueError(
             f"a pass over the {name} data cannot tell which examples a {type(sampler).__name__} leaves out: give the "
-            f"{type(loader).__name__} a torch.utils.data.Subset in place of such a sampler."
+            "DataLoader a torch.utils.data.Subset in place of such a sampler."
         )
     return loader.dataset
-
-
-@contextmanager
-def without_trace(trainer: Trainer, module: LightningModule) -> Iterator[None]:
-    """Eval mode and no gradient; the random number generators and every train or eval flag are put back at the end.
-
-    ``no_grad`` and not ``inference_mode``: tensors made under the latter cannot be updated in place later.
-    """
-    modes = [(part, part.training) for part in module.modules()]
-    stage = trainer.state.stage
-    try:
-        trainer.state.stage = RunningStage.VALIDATING  # a hook of the module that mixes training batches asks for it
-        module.eval()
-        with isolate_rng(), torch.no_grad():
-            yield
-    finally:
-        trainer.state.stage = stage
-        for part, training in modes:
-            part.training = training
-
-
-def is_last_epoch(trainer: Trainer) -> bool:
-    """Whether no epoch follows the one that ends: by ``max_epochs``, ``max_steps``, or a callback that stopped it."""
-    by_steps = 0 <= trainer.max_steps <= trainer.global_step
-    epochs = trainer.current_epoch + 1
-    may_stop = epochs >= (trainer.min_epochs or 0) and trainer.global_step >= (trainer.min_steps or 0)
-    return epochs == trainer.max_epochs or by_steps or (trainer.should_stop and may_stop)
 
 
 def clean_batches(trainer: Trainer, module: LightningModule, loader: DataLoader[Any]) -> Iterator[Any]:
@@ -142,3 +96,72 @@ def run_forward(trainer: Trainer, module: LightningModule, batch: Any, forward: 
     """What ``forward(module, batch)`` gives in the precision of the trainer; see ``forward_inputs`` for the default."""
     with trainer.precision_plugin.forward_context():
         return (forward or forward_inputs)(module, batch)
+
+
+def try_first_batch(
+    trainer: Trainer,
+    module: LightningModule,
+    clean: DataLoader[Any],
+    name: str,
+    ways: Ways,
+    taps: Sequence[FeatureTap],
+    foreign: bool = False,
+) -> Any:
+    """Run the network on the first batch of ``clean``, without a trace, to find out how, and to fail now if at all.
+
+    Args:
+        trainer: knows the precision.
+        module: the module.
+        clean: what ``clean_loader`` gives.
+        name: of the data, for ``ways``.
+        ways: gets to know the way.
+        taps: attached to the module, what they hear must be features.
+        foreign: see ``Ways.find``.
+
+    Returns:
+        The batch, as the module gets it; None where this process has no sample.
+
+    Raises:
+        ValueError: see ``find_way``; and what a ``forward`` that is given raises.
+    """
+    size = clean.batch_size or 1
+    some = range(min(size, len(clean.dataset)))  # type: ignore[arg-type]
+    # One worker at most; but one where there are any: a data set may open files in the process that first reads it.
+    few = loader_like(clean, Subset(clean.dataset, some), clean.batch_size, min(1, clean.num_workers))
+    with without_trace(trainer, module):
+        for batch in clean_batches(trainer, module, few):
+            way = ways.find(trainer, module, batch, name, taps, foreign)
+            if ways.forward is not None:
+                hear(trainer, module, batch, taps, way)
+            return batch
+    return None
+
+
+def hear(
+    trainer: Trainer, module: LightningModule, batch: Any, taps: Sequence[FeatureTap], way: Forward
+) -> list[Tensor]:
+    """Run the network and take what each tap has heard. Raises what ``FeatureTap.take`` raises."""
+    for tap in taps:
+        tap.listen()
+    try:
+        run_forward(trainer, module, batch, way)
+        return [tap.take() for tap in taps]
+    finally:
+        for tap in taps:
+            tap.drop()
+
+
+def loader_like(
+    clean: DataLoader[Any], dataset: Any, batch_size: int | None, num_workers: int | None = None
+) -> DataLoader[Any]:
+    """A loader of other samples, in their order, by the collation and the workers of ``clean``."""
+    workers = clean.num_workers if num_workers is None else num_workers
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        collate_fn=clean.collate_fn,
+        num_workers=workers,
+        pin_memory=clean.pin_memory,
+        worker_init_fn=clean.worker_init_fn,
+        multiprocessing_context=clean.multiprocessing_context if workers else None,
+    )

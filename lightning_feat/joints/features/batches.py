@@ -11,7 +11,7 @@ from torch import Tensor
 # A function before a string: jsonargparse takes the first that fits.
 TargetKey: TypeAlias = int | Callable[[Any], Tensor] | str | None
 
-_TARGET_NAMES = ("label", "labels", "target", "targets", "y")
+TARGET_NAMES = ("label", "labels", "target", "targets", "y")
 
 
 def targets_of(batch: Any, target_key: TargetKey = None) -> Tensor:
@@ -34,9 +34,28 @@ def targets_of(batch: Any, target_key: TargetKey = None) -> Tensor:
         found = _guess(batch)
     if not isinstance(found, Tensor):
         raise ValueError(
-            f"the targets are {_describe(found)}, not a tensor, in a batch of {_describe(batch)}: set target_key."
+            f"the targets are {describe(found)}, not a tensor, in a batch of {describe(batch)}: set target_key."
         )
     return found
+
+
+def mask_of(batch: Any, mask_key: TargetKey) -> Tensor | None:
+    """Which tokens of a batch count, ``(N, T)`` bool; None without a key. The key, and the errors, are as those of
+    ``targets_of``.
+    """
+    if mask_key is None:
+        return None
+    try:
+        mask = targets_of(batch, mask_key)
+    except ValueError as error:
+        raise ValueError(
+            str(error).replace("target_key", "mask_key").replace("the targets are", "the mask is")
+        ) from None
+    if mask.ndim != 2:
+        raise ValueError(
+            f"mask_key={mask_key!r} leads to {describe(mask)}, but a mask (N, T) is needed, of the tokens that count."
+        )
+    return mask.bool()
 
 
 def inputs_of(batch: Any) -> Any:
@@ -83,35 +102,36 @@ def _entry(batch: Any, key: int | str) -> Any:
             return batch[key]
         return getattr(batch, str(key))
     except (KeyError, IndexError, AttributeError):
-        raise ValueError(f"target_key={key!r} leads nowhere in a batch of {_describe(batch)}.") from None
+        raise ValueError(f"target_key={key!r} leads nowhere in a batch of {describe(batch)}.") from None
 
 
 def _guess(batch: Any) -> Any:
     if isinstance(batch, Mapping):
-        found = [batch[name] for name in _TARGET_NAMES if name in batch]
+        found = [batch[name] for name in TARGET_NAMES if name in batch]
     elif isinstance(batch, (tuple, list)) and not hasattr(batch, "_fields"):
         nested = len(batch) > 0 and isinstance(batch[0], (tuple, list)) and len(batch[0]) > 1
         found = [] if nested else [*batch[1:2]]  # ((x, y), index): the second entry is no target
     else:
-        found = [getattr(batch, name) for name in _TARGET_NAMES if hasattr(batch, name)]
+        found = [getattr(batch, name) for name in TARGET_NAMES if hasattr(batch, name)]
     if len(found) != 1:
         what = "no targets" if not found else "several entries that could be the targets"
         raise ValueError(
-            f"found {what} in a batch of {_describe(batch)}: set target_key to a position, a key, an attribute, or a "
+            f"found {what} in a batch of {describe(batch)}: set target_key to a position, a key, an attribute, or a "
             "function of the batch."
         )
     return found[0]
 
 
-def _describe(value: Any, depth: int = 2) -> str:
+def describe(value: Any, depth: int = 2) -> str:
+    """A batch in words, for a message: its form, and the shapes and dtypes of its tensors."""
     if isinstance(value, Tensor):
         return f"Tensor{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
     if depth == 0 or isinstance(value, str):
         return type(value).__name__
     if isinstance(value, Mapping):
-        return "dict(" + ", ".join(f"{key}: {_describe(entry, depth - 1)}" for key, entry in value.items()) + ")"
+        return "dict(" + ", ".join(f"{key}: {describe(entry, depth - 1)}" for key, entry in value.items()) + ")"
     if isinstance(value, (tuple, list)):
-        return f"{type(value).__name__}(" + ", ".join(_describe(entry, depth - 1) for entry in value) + ")"
+        return f"{type(value).__name__}(" + ", ".join(describe(entry, depth - 1) for entry in value) + ")"
     fields = {key: entry for key, entry in getattr(value, "__dict__", {}).items() if not key.startswith("_")}
-    named = ", ".join(f"{key}: {_describe(entry, depth - 1)}" for key, entry in fields.items())
+    named = ", ".join(f"{key}: {describe(entry, depth - 1)}" for key, entry in fields.items())
     return f"{type(value).__name__}({named})"

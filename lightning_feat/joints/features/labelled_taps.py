@@ -5,15 +5,30 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_feat.joints.features.batches import TargetKey, class_indices, targets_of
+from lightning_feat.joints.features.batches import TargetKey, class_indices, mask_of, targets_of
 from lightning_feat.joints.features.heads import find_classifier, head_sizes
 from lightning_feat.joints.features.taps import FeatureTap, Pooling, Read, TapError, find_layer
+
+
+class Labelled(NamedTuple):
+    """Features of a layer with their targets. No sample is cut out: how many are left would be a look at the device."""
+
+    features: Tensor  # (N, D)
+    targets: Tensor  # (N,) class indices, zero where a sample is left out, or (N, C)
+    left_out: Tensor | None  # (N,) bool, samples that are to be ignored; None where targets are soft
+
+    def kept(self, logits: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Features, targets and logits of the samples that count; looks at the device where some are left out."""
+        if self.left_out is None or not bool(self.left_out.any()):
+            return self.features, self.targets, logits
+        keep = ~self.left_out
+        return self.features[keep], self.targets[keep], None if logits is None else logits[keep]
 
 
 class Heard(NamedTuple):
     """What one batch gave."""
 
-    labelled: dict[str, tuple[Tensor, Tensor]]  # by label of the layer: features (N, D), and targets (N,) or (N, C)
+    labelled: dict[str, Labelled]  # by label of the layer
     logits: Tensor | None  # (N, C) what the classifier put out, for layers that feed it
 
 
@@ -27,6 +42,7 @@ class LabelledTaps:
         classifier: dotted name of the classifier where it cannot be found.
         target_key: where a batch keeps its targets, see ``joints.features.batches``.
         ignore_index: samples with this target are left out.
+        mask_key: where a batch keeps which tokens count ``(N, T)``, see ``joints.features.taps.pool``.
 
     Attributes:
         head: name and layer of the classifier, once attached; None where there is none to be found.
@@ -41,11 +57,12 @@ class LabelledTaps:
         classifier: str | None,
         target_key: TargetKey,
         ignore_index: int,
+        mask_key: TargetKey = None,
     ) -> None:
         self.taps = [FeatureTap(name, read, pooling, classifier=classifier) for name in layers]
         self.labels = [tap.label for tap in self.taps]
         self.classifier = classifier
-        self.target_key, self.ignore_index = target_key, ignore_index
+        self.target_key, self.ignore_index, self.mask_key = target_key, ignore_index, mask_key
         self.head: tuple[str, nn.Module] | None = None
         self.feeds: dict[str, bool] = {}
         self._head_taps: list[FeatureTap] = []  # its input and its output
@@ -57,47 +74,58 @@ class LabelledTaps:
         if self.head is not None:
             pooling = self.taps[0].pooling if self.taps[0].pooling == "tokens" else None  # it classifies each token
             self._head_taps = [FeatureTap(self.head[0], read, pooling) for read in ("input", "output")]
-        for tap in [*self.taps, *self._head_taps]:
+        for tap in self.all_taps:
             tap.attach(module)
+
+    @property
+    def all_taps(self) -> list[FeatureTap]:
+        """Those on the layers, and those on the classifier."""
+        return [*self.taps, *self._head_taps]
 
     def listen(self) -> None:
         """Begin to hear."""
-        for tap in [*self.taps, *self._head_taps]:
+        for tap in self.all_taps:
             tap.listen()
 
     def hold(self) -> None:
         """Stop hearing, keep what was heard."""
-        for tap in [*self.taps, *self._head_taps]:
+        for tap in self.all_taps:
             tap.hold()
 
     def take(self, batch: Any) -> Heard:
-        """What was heard, with the targets of ``batch``; samples to be ignored are left out.
+        """What was heard, with the targets of ``batch``.
 
         Raises:
             TapError: if a layer did not run.
-            ValueError: if there are no targets, or they do not fit the features.
+            ValueError: if there are no targets, or they or the mask do not fit the features.
         """
-        features = [tap.take() for tap in self.taps]
+        mask = mask_of(batch, self.mask_key)
+        features = [tap.take(mask) for tap in self.taps]
         inputs, logits = self._take_head()
         targets = targets_of(batch, self.target_key)
         soft = targets.ndim == 2 and targets.is_floating_point()
         labelled, kept_logits = {}, None
         for label, tap, h in zip(self.labels, self.taps, features, strict=True):
             if label not in self.feeds:
-                # As they are, NaN included: else one bad sample decides, and on one process otherwise than on another.
-                alike = inputs is not None and torch.equal(inputs.nan_to_num(), h.nan_to_num())
-                self.feeds[label] = alike
+                self.feeds[label] = inputs is not None and _alike(inputs, h)
             where = f"the targets for layer {label}"
-            t = targets if soft else class_indices(targets, len(h), where, views=tap.pooling != "tokens")
-            keep = None if soft or bool((t != self.ignore_index).all()) else t != self.ignore_index
-            labelled[label] = (h, t) if keep is None else (h[keep], t[keep])
-            if self.feeds[label] and logits is not None:
-                kept_logits = logits if keep is None else logits[keep]
+            left_out = None
+            if soft:
+                t = targets
+            else:
+                t = class_indices(targets, len(h), where, views=tap.pooling != "tokens").to(h.device)
+                left_out = t == self.ignore_index
+                if tap.pooling == "tokens" and mask is not None:
+                    left_out |= ~mask.to(h.device).flatten()
+                t = t.masked_fill(left_out, 0)
+            labelled[label] = Labelled(h, t, left_out)
+            if self.feeds[label]:
+                kept_logits = logits
         return Heard(labelled, kept_logits)
 
     def remove(self) -> None:
         """Take the hooks away. What is known of the classifier is forgotten."""
-        for tap in [*self.taps, *self._head_taps]:
+        for tap in self.all_taps:
             tap.remove()
         self.head, self._head_taps, self.feeds = None, [], {}
 
@@ -126,3 +154,14 @@ class LabelledTaps:
             if any(tap.layer is None for tap in self.taps):
                 raise
             return None
+
+
+def _alike(inputs: Tensor, features: Tensor) -> bool:
+    """Whether the classifier gets these features; looks at values where they do not lie in the same memory."""
+    if inputs.shape != features.shape:
+        return False
+    if inputs.data_ptr() == features.data_ptr() and inputs.stride() == features.stride():
+        return True
+    # A mean that we take of half-precision features is finer than that of the network. NaN included: else one bad
+    # sample decides, and on one process otherwise than on another.
+    return torch.equal(inputs.nan_to_num(), features.to(inputs.dtype).nan_to_num())

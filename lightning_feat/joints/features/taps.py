@@ -6,6 +6,7 @@ block recomputed in backward) is not heard twice.
 """
 
 import difflib
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias
@@ -88,36 +89,60 @@ class FeatureTap:
         """Begin to hear; what was heard before is dropped."""
         ear = self._attached()
         ear.heard.clear()
-        ear.listening = True
+        ear.listening, ear.without_gradient = True, 0
 
     def hold(self) -> None:
         """Stop hearing, keep what was heard. Without effect if the tap does not listen."""
         if self._ear is not None:
             self._ear.listening = False
 
-    def take(self) -> Tensor:
+    def take(self, mask: Tensor | None = None) -> Tensor:
         """Stop hearing and give the features ``(N, D)``; those of several forwards are concatenated in their order.
+
+        Args:
+            mask: ``(N, T)`` which tokens count, for ``pooling`` that averages or takes the largest of them.
 
         Raises:
             TapError: if the layer did not run since ``listen``, or gave no tensor.
-            ValueError: if the shape needs a pooling that was not chosen.
+            ValueError: if the shape needs a pooling that was not chosen, or the mask does not fit it.
         """
         ear = self._attached()
         ear.listening = False
         heard, ear.heard = ear.heard, []
         if not heard:
-            raise TapError(
-                f"the layer {self.layer or '(classifier)'} did not run in this batch, so there are no features. Is its "
-                "weight used functionally (F.linear(x, layer.weight)), or is it skipped in this step? Name a layer "
-                "that is called."
-            )
+            raise TapError(self._why_nothing(ear))
         for entry in heard:
             if not isinstance(entry, Tensor):
                 raise TapError(
                     f"the {self.read} of layer {self.layer or '(classifier)'} is a {type(entry).__name__}, not a "
                     "tensor: name a layer that gives a tensor, or read='input' of the layer that follows."
                 )
-        return torch.cat([pool(entry, self.pooling, where=f"layer {self.label}") for entry in heard])
+        return torch.cat([pool(entry, self.pooling, f"layer {self.label}", mask) for entry in heard])
+
+    def _why_nothing(self, ear: "Ear") -> str:
+        layer = f"the layer {self.layer or '(classifier)'}"
+        if ear.without_gradient:
+            return (
+                f"{layer} ran in this batch without gradient alone, so that a loss on its features would train "
+                "nothing. Does it stand in a block that is checkpointed with use_reentrant=True, which runs without "
+                "gradient first? Set use_reentrant=False. Is it called under torch.no_grad? Name a layer that trains."
+            )
+        compiled = ""
+        if "torch._dynamo" in sys.modules:
+            compiled = (
+                " Or was the function that calls it compiled, and run, before this callback came? Compiled code calls "
+                "no hook that came later: compile after, or call torch.compiler.reset() before fit."
+            )
+        return (
+            f"{layer} did not run in this batch, so there are no features. Is its weight used functionally "
+            f"(F.linear(x, layer.weight)), or is it skipped in this step? Name a layer that is called.{compiled}"
+        )
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Of what was heard and not taken yet, call by call."""
+        heard = [] if self._ear is None else self._ear.heard
+        return [tuple(entry.shape) for entry in heard if isinstance(entry, Tensor)]
 
     def drop(self) -> None:
         """Stop hearing and forget what was heard."""
@@ -155,6 +180,7 @@ class Ear:
         self.keep_graph = keep_graph
         self.listening = False
         self.heard: list[Any] = []
+        self.without_gradient = 0  # what was not heard for that reason
 
     def hear_input(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.listening:
@@ -166,11 +192,12 @@ class Ear:
 
     def _store(self, value: Any) -> None:
         if self.keep_graph and not torch.is_grad_enabled():
+            self.without_gradient += 1
             return  # a pass for a target or a teacher: a loss on it would have no gradient, and thin out the others
         self.heard.append(value.detach() if isinstance(value, Tensor) and not self.keep_graph else value)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"keep_graph": self.keep_graph, "listening": False, "heard": []}
+        return {"keep_graph": self.keep_graph, "listening": False, "heard": [], "without_gradient": 0}
 
 
 def find_layer(module: nn.Module, name: str) -> nn.Module:
@@ -196,16 +223,24 @@ def _nearest(name: str, names: list[str], most: int = 4) -> list[str]:
     return list(dict.fromkeys([*same_end, *similar]))[:most]
 
 
-def pool(features: Tensor, pooling: Pooling | None, where: str = "the layer") -> Tensor:
+def pool(features: Tensor, pooling: Pooling | None, where: str = "the layer", mask: Tensor | None = None) -> Tensor:
     """Features of any usual shape as ``(N, D)``.
 
     ``(N, D)`` stays, and so does ``(N, C, 1, 1)`` but for its last two axes. Otherwise, of ``(N, T, D)`` tokens or
     ``(N, C, H, W)`` maps: ``mean`` or ``max`` over tokens or positions; ``first`` token; ``flatten`` all of a sample
     into one vector; ``tokens``: each token or position becomes a sample of its own, in order, ``(N * T, D)``;
-    ``channels_last_mean`` for maps ``(N, H, W, C)``.
+    ``channels_last_mean`` for maps ``(N, H, W, C)``. Means of half-precision features are float32.
+
+    Args:
+        features: what the layer gives.
+        pooling: see above; None where it gives ``(N, D)``.
+        where: begins the message of an error.
+        mask: ``(N, T)``, bool or 0 and 1: the tokens that ``mean`` and ``max`` take, padding left out. Of a sample
+            without any the result is zero.
 
     Raises:
-        ValueError: if a pooling is needed and none is given, or the one given does not fit the shape.
+        ValueError: if a pooling is needed and none is given, the one given does not fit the shape, or the mask does
+            not.
     """
     if features.ndim == 2:
         return features
@@ -228,7 +263,28 @@ def pool(features: Tensor, pooling: Pooling | None, where: str = "the layer") ->
     tokens_NTD = features.flatten(1, -2) if samples_first else features.flatten(2).transpose(1, 2)
     if pooling == "tokens":
         return tokens_NTD.flatten(0, 1)
-    return tokens_NTD.amax(1) if pooling == "max" else tokens_NTD.mean(1)
+    if mask is not None:
+        return _pool_masked(tokens_NTD, pooling, mask, where)
+    if pooling == "max":
+        return tokens_NTD.amax(1)
+    # Summed and kept in float32: bfloat16 has eight bits, and a mean of many is finer than each of them.
+    half = tokens_NTD.dtype in (torch.float16, torch.bfloat16)
+    return tokens_NTD.mean(1, dtype=torch.float32 if half else tokens_NTD.dtype)
+
+
+def _pool_masked(tokens_NTD: Tensor, pooling: Pooling, mask: Tensor, where: str) -> Tensor:
+    if mask.shape != tokens_NTD.shape[:2]:
+        raise ValueError(
+            f"{where} gives {tuple(tokens_NTD.shape[:2])} tokens, but the mask is {tuple(mask.shape)}: set mask_key to "
+            "what says of each token of that layer whether it counts."
+        )
+    kept_NT1 = mask.to(tokens_NTD.device, torch.bool)[..., None]
+    if pooling == "max":
+        largest_ND = tokens_NTD.masked_fill(~kept_NT1, -torch.inf).amax(1)
+        return largest_ND.masked_fill(~kept_NT1.any(1), 0)
+    half = tokens_NTD.dtype in (torch.float16, torch.bfloat16)
+    total_ND = tokens_NTD.masked_fill(~kept_NT1, 0).sum(1, dtype=torch.float32 if half else tokens_NTD.dtype)
+    return total_ND / kept_NT1.sum(1).clamp(min=1)
 
 
 _POOLINGS = ("mean", "max", "first", "flatten", "tokens", "channels_last_mean")

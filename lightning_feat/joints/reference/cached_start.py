@@ -10,7 +10,9 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_feat.functional.feature_shift import relative_shift
-from lightning_feat.joints.data.passes import Forward, clean_batches, clean_loader, run_forward, without_trace
+from lightning_feat.joints.data.passes import clean_batches, clean_loader, run_forward
+from lightning_feat.joints.data.trace import without_trace
+from lightning_feat.joints.data.ways import Forward, Ways
 from lightning_feat.joints.features.batches import TargetKey, targets_of
 from lightning_feat.joints.features.taps import FeatureTap, Pooling, Read
 from lightning_feat.joints.reference.hearing import silence
@@ -56,13 +58,16 @@ class CachedStart:
             raise ValueError(f"cache_dtype={dtype!r}: choose 'float16' or 'float32'.")
         self.taps = [FeatureTap(layer, read, pooling) for layer in layers]
         self.labels = [tap.label for tap in self.taps]
-        self.index_key, self.forward = index_key, forward
+        self.index_key = index_key
+        self.shapes: dict[str, list[tuple[int, ...]]] = {}
+        self.ways = Ways(forward, "the features of the start")
         self.dtype: torch.dtype = getattr(torch, dtype)
         self.cache = _Cache()
 
     def begin(self) -> None:
         """Forget an earlier run."""
         self.cache = _Cache()
+        self.ways.begin()
 
     def remove(self) -> None:
         """Nothing was put on the module."""
@@ -136,9 +141,11 @@ class CachedStart:
                 )
 
     def _run(self, trainer: Trainer, module: LightningModule, batch: Any) -> dict[str, Tensor]:
+        way = self.ways.find(trainer, module, batch, "training", self.taps)
         for tap in self.taps:
             tap.listen()
-        run_forward(trainer, module, batch, self.forward)
+        run_forward(trainer, module, batch, way)
+        self.shapes = {tap.label: [shape[1:] for shape in tap.shapes] for tap in self.taps}
         return {tap.label: tap.take() for tap in self.taps}
 
     @contextmanager

@@ -12,9 +12,16 @@ from lightning_feat.joints.reference.frozen_start import FrozenStart
 
 
 class Reference(Protocol):
-    """Gives features to compare those of this step with."""
+    """Gives features to compare those of this step with.
+
+    Attributes:
+        labels: of the layers.
+        shapes: by label, what the layer gave when the features were made, call by call, without the number of samples;
+            empty where that is not known.
+    """
 
     labels: list[str]
+    shapes: dict[str, list[tuple[int, ...]]]
 
     def features(self, module: LightningModule, batch: Any) -> dict[str, Tensor]:
         """By label of the layer, what it would put out for ``batch``; without gradient."""
@@ -60,7 +67,25 @@ class Comparison:
 
     def take(self, module: LightningModule, batch: Any) -> dict[str, Compared]:
         """What the taps have heard of this batch, beside its reference."""
+        shapes = {tap.label: tap.shapes for tap in self.taps}
         heard = {tap.label: tap.take() for tap in self.taps}
         reference = self.reference.features(module, batch)
+        for label, calls in self.reference.shapes.items():
+            self._refuse_other_path(label, [shape[1:] for shape in shapes[label]], calls)
         mask = None if self.mask_key is None else targets_of(batch, self.mask_key).bool().flatten()
         return {label: Compared(features, reference[label], mask) for label, features in heard.items()}
+
+    def _refuse_other_path(self, label: str, now: list[tuple[int, ...]], then: list[tuple[int, ...]]) -> None:
+        """Features are paired in the order in which they come: that of one path through the network."""
+        if now != then:
+            raise ValueError(
+                f"layer {label} ran {len(now)} times in this step, on {_told(now)}, but {len(then)} times in its "
+                f"reference, which is in eval mode, on {_told(then)}: the network takes another path there, and the "
+                "features of one sample would be compared with those of another. Compare in validation (a monitor's "
+                "data='val'), name a layer that both paths run alike, or give a forward(module, batch) that takes the "
+                "same path."
+            )
+
+
+def _told(shapes: list[tuple[int, ...]]) -> str:
+    return ", ".join(f"(N, {', '.join(map(str, shape))})" for shape in dict.fromkeys(shapes)) or "nothing"

@@ -1,17 +1,19 @@
 """The start of a run as a second network, which is run on what the trained one is run on."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from lightning_feat.joints.data.passes import Forward, forward_inputs
+from lightning_feat.joints.data.trace import silent_log, without_trace
+from lightning_feat.joints.data.ways import Forward, Ways, forward_inputs
 from lightning_feat.joints.features.heads import find_classifier, forget_compiled_code
 from lightning_feat.joints.features.taps import Ear, FeatureTap, Pooling, Read, TapError, find_layer
 from lightning_feat.joints.reference.frozen_copy import FrozenCopy
-from lightning_feat.joints.reference.hearing import AskedTap, precision_of
+from lightning_feat.joints.reference.hearing import AskedTap, precision_of, silence
 
 
 class FrozenStart:
@@ -30,8 +32,8 @@ class FrozenStart:
         pooling: see ``joints.features.taps.pool``.
         trunk: dotted name of the submodule to copy; ``""`` for the whole module. None takes the child of the module
             that holds all layers, and the whole module where there is none or ``forward`` is given.
-        forward: ``forward(module, batch)``, for a copy of the whole module; None calls it with the first entry of the
-            batch.
+        forward: ``forward(module, batch)``, for a copy of the whole module; None runs it as the module's own step does,
+            see ``prepare``.
         path: a file with the weights of the reference, by ``torch.save`` of a state dict or a checkpoint of Lightning;
             None for those that the run begins with. The checkpoint of the run then holds none.
         keep_graph: hear only passes with gradient, as a loss term does.
@@ -53,11 +55,30 @@ class FrozenStart:
         self.labels = [FeatureTap(layer, read).label for layer in layers]
         self.trunk, self.forward, self.path = trunk, forward, path
         self.calls = _Calls(self, keep_graph)
+        self.ways = Ways(forward, "the reference of the features")
+        self.shapes: dict[str, list[tuple[int, ...]]] = {}
         self._frozen = FrozenCopy()
 
     def begin(self) -> None:
         """Forget an earlier run: the next ``attach`` takes the start anew."""
         self._frozen.clear()
+        self.ways.begin()
+
+    def prepare(self, trainer: Trainer, module: LightningModule, batch: Any) -> None:
+        """On the first training batch, before its step: find how the whole module is run, where that is copied. Raises
+        ``ValueError`` where there is no way, see ``joints.data.ways``.
+        """
+        if self._frozen.net is None or self._frozen.trunk or self.ways.of("training") is not None:
+            return
+        taps = self._student_taps()
+        with silence(module), without_trace(trainer, module):
+            try:
+                for tap in taps:
+                    tap.attach(module)
+                self.ways.find(trainer, module, batch, "training", taps)
+            finally:
+                for tap in taps:
+                    tap.remove()
 
     def attach(self, module: nn.Module, like: "FrozenStart | None" = None) -> None:
         """Copy what is not copied yet, and hear what the trunk is called with; ``like`` may lend its copy."""
@@ -99,7 +120,9 @@ class FrozenStart:
                     for args, kwargs in self.calls.take_calls():
                         net(*args, **kwargs)
                 else:
-                    (self.forward or forward_inputs)(net, batch)  # type: ignore[arg-type]
+                    with _as_if_trained(net, module) as copy:
+                        (self.ways.of("training") or forward_inputs)(copy, batch)
+        self.shapes = {label: [shape[1:] for shape in tap.shapes] for label, tap in zip(self.labels, taps, strict=True)}
         try:
             return {label: tap.take() for label, tap in zip(self.labels, taps, strict=True)}
         finally:
@@ -188,6 +211,17 @@ class _CallEar(Ear):
     def hear_call(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.listening and (torch.is_grad_enabled() or not self.keep_graph):
             self.heard.append((args, kwargs))
+
+
+@contextmanager
+def _as_if_trained(net: Any, module: LightningModule) -> Iterator[Any]:
+    """The copy of a whole module, with the Trainer that its steps may ask, and logging nothing."""
+    net._trainer = module._trainer
+    try:
+        with silent_log(net):
+            yield net
+    finally:
+        net._trainer = None
 
 
 def _tensors_in(value: Any) -> Iterator[Tensor]:

@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from lightning_feat.joints.clip.towers import find_clip_towers
-from lightning_feat.joints.data.passes import Forward
+from lightning_feat.joints.data.ways import Forward
 from lightning_feat.joints.features.batches import inputs_of
 from lightning_feat.joints.features.taps import FeatureTap
 from lightning_feat.joints.reference.comparison import Compared
@@ -117,11 +117,11 @@ class _TokenTap(AskedTap):
         self.shape: tuple[int, ...] = ()
         self.times = 1
 
-    def take(self) -> Tensor:
+    def take(self, mask: Tensor | None = None) -> Tensor:
         heard = self._attached().heard
         self.times = len(heard)
         self.shape = tuple(heard[0].shape[:2]) if heard and isinstance(heard[0], Tensor) else ()
-        return super().take()
+        return super().take(mask)
 
     def spread(self, mask: Tensor) -> Tensor:
         """A mask ``(N, T)`` as rows ``(R,)``, whether samples or tokens come first."""

@@ -95,7 +95,10 @@ def test_hooks_are_gone_after_an_error(tmp_path):
 def test_chosen_epochs_and_the_last(tmp_path):
     monitor = MixupGeometryMonitor(every_n_epochs=3, num_pairs=2)
     calls = []
-    monitor._clean, clean = (lambda *args: calls.append(args[0].current_epoch + 1) or clean(*args)), monitor._clean
+    monitor._measure, measure = (
+        (lambda *args: calls.append(args[0].current_epoch + 1) or measure(*args)),
+        monitor._measure,
+    )
     fit(tmp_path, monitor, max_epochs=5)
     assert calls == [1, 3, 5]
 

@@ -1,0 +1,304 @@
+"""How a module runs its network on a batch, found out on the first one.
+
+The module's own step knows: ``validation_step``, else ``training_step`` where Lightning optimizes. It is run once, in
+eval mode and without a trace, and what the tapped layers put out is compared with what simple calls give, such as
+``module(batch[0])``: the first that gives the same is taken, as it costs less. Where none does, the step itself runs
+the network; where there is no step to ask and the calls differ, the user is asked.
+"""
+
+import inspect
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+
+from lightning_feat.joints.data.trace import remember
+from lightning_feat.joints.features.batches import TARGET_NAMES, describe, inputs_of
+from lightning_feat.joints.features.taps import FeatureTap, TapError
+from lightning_feat.joints.module.wraps import overrides
+
+Forward: TypeAlias = Callable[[LightningModule, Any], Any]
+
+IN_YAML = (
+    "give forward=, a function forward(module, batch) that runs it; in YAML as a dotted path, "
+    "`forward: my_package.my_file.run_network`"
+)
+
+
+def forward_inputs(module: LightningModule, batch: Any) -> Any:
+    """The usual forward pass: ``module(inputs)``, with the first entry of a tuple or list, or with the whole batch."""
+    return module(inputs_of(batch))
+
+
+@dataclass(frozen=True)
+class LeadingEntries:
+    """``module(batch[0], ..., batch[n - 1])``."""
+
+    n: int
+
+    def __call__(self, module: LightningModule, batch: Any) -> Any:
+        return module(*batch[: self.n])
+
+    def __str__(self) -> str:
+        return f"module({', '.join(f'batch[{i}]' for i in range(self.n))})"
+
+
+@dataclass(frozen=True)
+class UnpackedInputs:
+    """``module(*batch[0])``."""
+
+    def __call__(self, module: LightningModule, batch: Any) -> Any:
+        return module(*inputs_of(batch))
+
+    def __str__(self) -> str:
+        return "module(*batch[0])"
+
+
+@dataclass(frozen=True)
+class NamedEntries:
+    """``module(name=batch["name"], ...)``."""
+
+    names: tuple[str, ...]
+
+    def __call__(self, module: LightningModule, batch: Any) -> Any:
+        return module(**{name: batch[name] for name in self.names})
+
+    def __str__(self) -> str:
+        return f"module({', '.join(f'{name}=...' for name in self.names)})"
+
+
+@dataclass(frozen=True)
+class OneEntry:
+    """``module(batch["name"])``."""
+
+    name: Any
+
+    def __call__(self, module: LightningModule, batch: Any) -> Any:
+        return module(batch[self.name])
+
+    def __str__(self) -> str:
+        return f"module(batch[{self.name!r}])"
+
+
+@dataclass(frozen=True)
+class OwnStep:
+    """A step of the module itself, as its class has it: without what callbacks have put around."""
+
+    name: str
+
+    def __call__(self, module: LightningModule, batch: Any) -> Any:
+        step = getattr(type(module), self.name)
+        kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        parameters = [p for p in inspect.signature(step).parameters.values() if p.kind in kinds][2:]
+        more = [0 for p in parameters if p.default is p.empty]  # batch_idx and dataloader_idx, whatever their names
+        return step(module, batch, *more)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def find_way(
+    trainer: Trainer,
+    module: LightningModule,
+    batch: Any,
+    taps: Sequence[FeatureTap],
+    owner: str,
+    steps: bool = True,
+    first: Forward | None = None,
+) -> Forward:
+    """How ``module`` runs its network on ``batch``, as far as the taps hear it; see the docstring of this file.
+
+    Called within ``without_trace``.
+
+    Args:
+        trainer: knows the precision.
+        module: the module.
+        batch: as the module gets it.
+        taps: attached to the module.
+        owner: begins the message.
+        steps: whether the module's own steps may be run; not on data of another task, whose classes it does not have.
+        first: a way that is known from other data, tried first.
+
+    Raises:
+        ValueError: if there is no way, or several that differ; the message says how to give one.
+    """
+    tries = _Tries(trainer, module, batch, taps)
+    calls = [*([] if first is None or isinstance(first, OwnStep) else [first]), *_calls(module, batch)]
+    step, truth = _own_step(tries, module) if steps else (None, None)
+    usual = next((features for way in calls if (features := tries.features(way)) is not None), None)
+    if step is not None and truth is not None and (usual is None or _fit(truth, usual)):
+        return next((way for way in calls if _same(tries.features(way), truth)), step)
+    if first is not None and tries.features(first) is not None:
+        return first
+    working = [way for way in calls if tries.features(way) is not None]
+    if usual is None:
+        raise ValueError(
+            f"{owner}: no way was found to run the network of {type(module).__name__} on {describe(batch)}. Tried: "
+            f"{'; '.join(tries.told()) or 'nothing, as it has neither a forward nor a step that could be run'}. For a "
+            f"pass over the data {IN_YAML}."
+        )
+    others = [way for way in working if not _same(tries.features(way), usual)]
+    if others:
+        raise ValueError(
+            f"{owner}: {name_of(working[0])} and {name_of(others[0])} both run the network of {type(module).__name__} "
+            f"on {describe(batch)}, and give different features, and no step of the module could be asked: {IN_YAML}."
+        )
+    return working[0]
+
+
+def name_of(way: Forward) -> str:
+    """The call, as one writes it."""
+    return "module(inputs)" if way is forward_inputs else str(way)
+
+
+class _Tries:
+    """What the taps hear by each way, or why they hear nothing."""
+
+    def __init__(self, trainer: Trainer, module: LightningModule, batch: Any, taps: Sequence[FeatureTap]) -> None:
+        self.trainer, self.module, self.batch, self.taps = trainer, module, batch, taps
+        self.found: dict[Forward, list[Tensor] | str] = {}
+
+    def features(self, way: Forward) -> list[Tensor] | None:
+        if way not in self.found:
+            self.found[way] = self.run(way)
+        found = self.found[way]
+        return None if isinstance(found, str) else found
+
+    def told(self) -> list[str]:
+        return [f"{name_of(way)}: {error}" for way, error in self.found.items() if isinstance(error, str)]
+
+    def run(self, way: Forward, seed: int | None = None) -> list[Tensor] | str:
+        trains = way == OwnStep("training_step")
+        put_back = remember(self.module, parameters=trains)
+        with isolate_rng():
+            if seed is not None:
+                torch.manual_seed(seed), random.seed(seed), np.random.seed(seed)  # noqa: NPY002  # all there are
+            for tap in self.taps:
+                tap.listen()
+            try:
+                with self.trainer.precision_plugin.forward_context():
+                    way(self.module, self.batch)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+            finally:
+                for tap in self.taps:
+                    tap.hold()
+                changed = put_back()
+            if trains and changed:
+                return "it changes parameters by itself"
+            try:
+                return [tap.take() for tap in self.taps]
+            except TapError as error:
+                return str(error).partition(".")[0]
+            finally:
+                for tap in self.taps:
+                    tap.drop()
+
+
+def _own_step(tries: _Tries, module: LightningModule) -> tuple[Forward | None, list[Tensor] | None]:
+    """The step that knows how the network is run, and what the taps heard in it."""
+    names = ["validation_step", "test_step"] + ["training_step"] * module.automatic_optimization
+    for step in (OwnStep(name) for name in names if overrides(module, name)):
+        features = tries.features(step)
+        if features is None:
+            continue
+        if step.name == "training_step":
+            again = tries.run(step, seed=7)
+            if isinstance(again, str) or not _same(again, features):
+                tries.found[step] = "what it puts in differs from time to time, by augmentation it seems"
+                continue
+        return step, features
+    return None, None
+
+
+def _calls(module: LightningModule, batch: Any) -> Iterator[Forward]:
+    """The usual calls of ``forward`` that fit the form of the batch, the simplest first."""
+    if not overrides(module, "forward"):
+        return
+    yield forward_inputs
+    parameters = inspect.signature(module.forward).parameters.values()
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    any_number = any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters)
+    most = len([p for p in parameters if p.kind in kinds])
+    if isinstance(batch, Mapping):
+        any_name = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+        known = {p.name for p in parameters if p.kind is not inspect.Parameter.POSITIONAL_ONLY}
+        names = tuple(name for name in batch if isinstance(name, str) and (any_name or name in known))
+        if names:
+            yield NamedEntries(names)
+        for name, entry in batch.items():
+            if isinstance(entry, Tensor) and entry.ndim > 1 and name not in TARGET_NAMES:
+                yield OneEntry(name)
+    elif isinstance(batch, (tuple, list)) and batch:
+        if isinstance(batch[0], (tuple, list)) and (any_number or len(batch[0]) <= most):
+            yield UnpackedInputs()
+        for n in range(2, (len(batch) if any_number else min(most, len(batch))) + 1):
+            yield LeadingEntries(n)
+
+
+def _same(features: list[Tensor] | None, others: list[Tensor]) -> bool:
+    """Bit for bit, NaN equal to NaN."""
+    return features is not None and all(
+        a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.nan_to_num(), b.nan_to_num())
+        for a, b in zip(features, others, strict=True)
+    )
+
+
+def _fit(features: list[Tensor], others: list[Tensor]) -> bool:
+    """Whether the step runs the network on whole batches: on all of one, or on several views of it."""
+    return all(len(b) == 0 or len(a) % len(b) == 0 for a, b in zip(features, others, strict=True))
+
+
+class Ways:
+    """How the network is run on each of several data sets, by their names; found on the first batch of each.
+
+    Args:
+        forward: what the user gives, for all of them; None to find it.
+        owner: begins the message where there is no way.
+    """
+
+    def __init__(self, forward: Forward | None, owner: str) -> None:
+        self.forward, self.owner = forward, owner
+        self.found: dict[str, Forward] = {}
+
+    def begin(self) -> None:
+        """Forget an earlier run."""
+        self.found = {}
+
+    def of(self, name: str) -> Forward | None:
+        """The way, if it is known."""
+        return self.found.get(name, self.forward)
+
+    def find(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        batch: Any,
+        name: str,
+        taps: Sequence[FeatureTap],
+        foreign: bool = False,
+    ) -> Forward:
+        """The way for the data of this name, found on ``batch`` where it is not known.
+
+        Args:
+            trainer: knows the precision.
+            module: the module.
+            batch: of the data.
+            name: of the data.
+            taps: attached to the module.
+            foreign: the data are not those of the run, so that the steps of the module are not for them.
+        """
+        way = self.of(name)
+        if way is None:
+            known = next(iter(self.found.values()), None) if foreign else None
+            way = find_way(trainer, module, batch, taps, self.owner, not foreign, known)
+            self.found[name] = way
+        return way

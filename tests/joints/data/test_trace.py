@@ -1,0 +1,147 @@
+"""What a forward may write is put back after a pass; what it logs is dropped."""
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torchmetrics
+from lightning.pytorch.loggers import CSVLogger
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from lightning_feat.callbacks import LinearProbe, MixupGeometryMonitor, NeuralCollapseMonitor, SimplicityBiasUpsampler
+from lightning_feat.joints.data.trace import remember
+from tests.helpers import NUM_CLASSES, Plain, equal, loader, trainer, weights
+
+
+class Writes(Plain):
+    """Its forward writes wherever one can."""
+
+    def __init__(self):
+        super().__init__()
+        self.accuracy = torchmetrics.classification.MulticlassAccuracy(NUM_CLASSES)
+        self.seen = torchmetrics.MeanMetric()
+        self.kept = torchmetrics.CatMetric()  # its state is a list
+        self.register_buffer("queue", torch.zeros(5))
+        self.register_buffer("total", torch.zeros(()))
+        self.calls, self.history, self.by_name = 0, [], {"last": [torch.zeros(2)]}
+
+    def forward(self, x):
+        logits = self.net(x)
+        self.accuracy.update(logits, logits.argmax(1))
+        self.seen.update(logits.detach().mean())
+        self.kept.update(logits.detach().mean())
+        self.queue = torch.cat([self.queue[1:], logits.detach().mean()[None]])  # another tensor
+        self.total += len(x)  # in place
+        self.calls += 1
+        self.history.append(len(x))
+        self.by_name["last"][0] += 1
+        self.by_name[f"call {self.calls}"] = self.calls
+        self.latest = logits.detach()  # a new attribute
+        self.log("seen", self.seen, on_step=False, on_epoch=True)
+        self.log("each step", logits.mean(), on_step=True)
+        return logits
+
+    def training_step(self, batch, batch_idx):
+        return cross_entropy(self(batch[0]), batch[1])
+
+    def validation_step(self, batch, batch_idx):
+        self.training_step(batch, batch_idx)
+
+
+def state(module):
+    numbers = [module.calls, module.history, list(module.by_name), module.by_name["last"][0].tolist()]
+    metrics = [float(module.accuracy.compute()), int(module.accuracy._update_count), len(module.kept.value)]
+    return [*numbers, *metrics, module.queue.tolist(), float(module.total)]
+
+
+def fitted(tmp_path, *callbacks):
+    pl.seed_everything(0)
+    module = Writes()
+    run = trainer(tmp_path, callbacks=list(callbacks), max_epochs=2, logger=CSVLogger(tmp_path))
+    run.fit(module, loader(32), loader(16))
+    return module, run
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: NeuralCollapseMonitor(mode="exact", data="both"),
+        lambda: LinearProbe(every_n_epochs=1, penalties=[0.1]),
+        lambda: MixupGeometryMonitor(num_pairs=4),
+        lambda: SimplicityBiasUpsampler(separating_epoch=1, restart=False, length="keep", factor=2, choose="random"),
+    ],
+    ids=["collapse", "probe", "mixup", "upsampler"],
+)
+def test_a_pass_leaves_no_trace_in_what_a_forward_writes(tmp_path, make):
+    plain, bare = fitted(tmp_path / "plain")
+    watched, run = fitted(tmp_path / "watched", make())
+    if not isinstance(run.callbacks[0], SimplicityBiasUpsampler):  # which changes what is trained on
+        assert state(watched) == state(plain)
+        assert equal(weights(watched), weights(plain))
+        torch.testing.assert_close(run.callback_metrics["seen"], bare.callback_metrics["seen"], equal_nan=True)
+    else:
+        assert state(watched)[:2] == state(plain)[:2]
+    logged = (tmp_path / "watched/lightning_logs/version_0/metrics.csv").read_text()
+    assert logged.count("\n") == (tmp_path / "plain/lightning_logs/version_0/metrics.csv").read_text().count("\n")
+
+
+def test_loggers_hear_nothing_inside_a_pass(tmp_path):
+    heard = []
+
+    class Shows(Plain):
+        def forward(self, x):
+            if not self.training:
+                self.logger.experiment.add_image("x", x)  # no CSV logger has that
+                heard.append(type(self.logger).__name__)
+            return super().forward(x)
+
+        def validation_step(self, batch, batch_idx):
+            pass
+
+    pl.seed_everything(0)
+    run = trainer(tmp_path, callbacks=[NeuralCollapseMonitor(mode="exact")], logger=CSVLogger(tmp_path))
+    run.fit(Shows(), loader())
+    assert set(heard) == {"DummyLogger"}
+    assert type(run.logger).__name__ == "CSVLogger"
+
+
+def test_a_module_inside_a_module_logs_nothing_either(tmp_path):
+    class Outer(Plain):
+        def __init__(self):
+            super().__init__()
+            self.net = Inner()
+
+    class Inner(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.body, self.fc = nn.Linear(4, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            if not self.training:
+                self.log("inner", 1.0)
+            return self.fc(self.body(x))
+
+    run = trainer(tmp_path, callbacks=[NeuralCollapseMonitor(mode="exact")])
+    run.fit(Outer(), loader())
+    assert "inner" not in run.callback_metrics
+
+
+def test_parameters_are_put_back_where_that_is_asked_for():
+    module = nn.Linear(2, 2)
+    before, put_back = weights(module), remember(module, parameters=True)
+    assert not put_back()
+    with torch.no_grad():
+        module.weight += 1
+    assert put_back()
+    assert equal(before, weights(module))
+
+
+def test_what_holds_itself_is_put_back_once():
+    module = nn.Linear(2, 2)
+    module.ring = ring = [1]
+    ring.append(ring)
+    put_back = remember(module)
+    ring.append(2)
+    put_back()
+    assert len(ring) == 2
+    assert ring[1] is ring
