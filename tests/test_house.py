@@ -14,7 +14,7 @@ BY_FAMILY = ("callbacks", "functional")  # the kinds that have a room for each f
 SHARED = {  # what stands beside the families in a kind
     "callbacks": {"reports", "data_plan", "feature_regularizer"},
     "functional": {"common"},
-    "metrics": set(),
+    "metrics": {"common"},
     "manifolds": set(),
     "layers": set(),
     "optim": set(),

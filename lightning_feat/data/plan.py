@@ -50,11 +50,24 @@ class PlanSampler(DistributedSampler[Any]):
     ) -> None:
         if length not in get_args(Length):
             raise ValueError(f"length={length!r}: choose 'grow' or 'keep'.")
-        if skip < 0:
-            raise ValueError(f"skip={skip} must not be negative.")
         self.counts = _checked(counts)
         super().__init__(range(len(self.counts)), num_replicas, rank, seed=seed)  # type: ignore[arg-type]
-        self.length, self.skip = length, skip
+        self.length = length
+        self.resume(skip)
+        self._cut_epoch: int | None = None  # the epoch that `skip` belongs to; None for that of the first iteration
+
+    def resume(self, skip: int, shown: int | None = None) -> None:
+        """Leave out of this epoch, in its first iteration, what was shown of it before a run was cut off.
+
+        Args:
+            skip: examples that this process had. They count in the length, so that batches keep their numbers.
+            shown: examples that all processes had together; None for ``skip`` on each. Where they were other processes,
+                what is left is dealt out among those of today.
+        """
+        if skip < 0 or (shown is not None and shown < 0):
+            raise ValueError(f"skip={skip} and shown={shown} must not be negative.")
+        self.skip, self.shown = skip, skip * self.num_replicas if shown is None else shown
+        self._first, self._cut_epoch = True, self.epoch
 
     def set_counts(self, counts: Tensor | Sequence[int]) -> None:
         """Replace the counts, for the same examples."""
@@ -62,6 +75,12 @@ class PlanSampler(DistributedSampler[Any]):
         if len(counts) != len(self.counts):
             raise ValueError(f"{len(counts)} counts for {len(self.counts)} examples: give one for each.")
         self.counts = counts
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to an epoch; one that was not cut off is shown whole."""
+        if self._cut_epoch not in (None, epoch):
+            self.skip = self.shown = 0
+        super().set_epoch(epoch)
 
     @property
     def num_shown(self) -> int:
@@ -75,24 +94,43 @@ class PlanSampler(DistributedSampler[Any]):
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
         if self.length == "grow":
             shown = torch.arange(len(self.counts)).repeat_interleave(self.counts)
-        else:  # systematic sampling: evenly spaced points along the counts, from a random start
-            start = torch.rand((), generator=generator, dtype=torch.float64)
-            points = (torch.arange(len(self.counts)) + start) * (self.counts.sum() / len(self.counts))
-            shown = torch.searchsorted(self.counts.cumsum(0).double(), points, right=True)
+        else:  # systematic sampling: evenly spaced points along the counts, from a random start; in whole numbers
+            size, total = len(self.counts), int(self.counts.sum())
+            start = min(int(torch.rand((), generator=generator, dtype=torch.float64) * total), total - 1)
+            points = (torch.arange(size) * total + start) // size
+            shown = torch.searchsorted(self.counts.cumsum(0), points, right=True)
         return shown[torch.randperm(len(shown), generator=generator)]
+
+    def places(self, first: int = 0, size: int | None = None) -> Tensor:
+        """Where in the order what this process sees in this epoch stands, in turn, from the ``first`` on and at most
+        ``size``. Places from ``num_shown`` on are filled up from the beginning of the order.
+        """
+        index = torch.arange(first, len(self) if size is None else max(first, min(first + size, len(self))))
+        had = index < self.skip
+        left = self.shown + (index - self.skip) * self.num_replicas
+        return torch.where(had, index * self.num_replicas, left) + self.rank
 
     def share(self) -> Tensor:
         """Indices ``(len(self),)`` of what this process sees in this epoch, in that order, all of it."""
         order = self.order()
-        return order[torch.arange(self.num_replicas * len(self)) % len(order)][self.rank :: self.num_replicas]
+        return order[self.places() % len(order)]
+
+    def shown_after(self, num_had: int) -> int:
+        """Examples of this epoch that all processes have had together when this one has had ``num_had``."""
+        return min(self.num_shown, self.shown + max(0, num_had - self.skip) * self.num_replicas)
+
+    def repeats(self, first: int, size: int) -> Tensor:
+        """Mask of the examples from ``first`` on, at most ``size``, that this process sees to fill up its share."""
+        return self.places(first, size) >= self.num_shown
 
     def __iter__(self) -> Iterator[int]:
-        skip, self.skip = self.skip, 0
-        return iter(self.share()[skip:].tolist())
+        skip, self._first = self.skip if self._first else 0, False
+        self._cut_epoch = self.epoch if self._cut_epoch is None else self._cut_epoch
+        yield from self.share()[skip:].tolist()
 
     def __len__(self) -> int:
         """Examples of an epoch on each process."""
-        return -(-self.num_shown // self.num_replicas)
+        return self.skip + -(-max(0, self.num_shown - self.shown) // self.num_replicas)
 
 
 def _checked(counts: Tensor | Sequence[int]) -> Tensor:

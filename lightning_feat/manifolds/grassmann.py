@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lightning_feat.functional.grassmann import geodesic_distance, polar_projection, random_basis
 from lightning_feat.functional.grassmann.geodesic import cos_and_sinc
+from lightning_feat.functional.grassmann.smooth import AngleOverSine, OrthogonalFactor
 
 __all__ = ["Grassmann"]
 
@@ -106,14 +107,11 @@ class Grassmann(Manifold):  # type: ignore[misc]  # geoopt is not typed
         """Shortest tangent vector that leads from x to the subspace of y; its norm is the distance.
 
         ``expmap(x, logmap(x, y))`` is the basis of that subspace nearest to x, in general not y itself. Where an angle
-        is pi / 2 there are several such vectors, and this is one.
+        is pi / 2 there are several such vectors, and this is one. Differentiable once, also where angles coincide or
+        are zero.
         """
-        align, cosines, directions = self._alignment(x, y)
-        outside = self.proju(x, y @ align) @ directions  # columns: sin(angle) times a unit vector
-        sines = torch.linalg.vector_norm(outside, dim=-2)
-        angles = torch.atan2(sines, cosines)
-        stretch = torch.where(sines > 0, angles / sines, 1.0)  # angle / sin(angle)
-        return (outside * stretch.unsqueeze(-2)) @ directions.mT
+        z = y @ OrthogonalFactor.apply(y.mT @ x)  # x^T z is symmetric: the cosines; z outside x: the sines
+        return self.proju(x, z) @ AngleOverSine.apply(x.mT @ z)
 
     def transp(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
         r"""Parallel transport of ``v`` from x to y along the shortest geodesic, in the gauge of y.
@@ -122,7 +120,7 @@ class Grassmann(Manifold):  # type: ignore[misc]  # geoopt is not typed
         :math:`v - (x + z)(I + x^T z)^{-1} z^T v`, the formula of the sphere with matrices for numbers; right
         multiplication by :math:`W^T` brings it to y. Lengths and angles stay.
         """
-        align, _, _ = self._alignment(x, y)
+        align = OrthogonalFactor.apply(y.mT @ x)
         z, v = y @ align, self.proju(x, v)
         eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
         # x^T z has eigenvalues cos(angle) >= 0: nothing here is ill-conditioned
@@ -165,9 +163,3 @@ class Grassmann(Manifold):  # type: ignore[misc]  # geoopt is not typed
     def _cos_and_sinc(h: Tensor) -> tuple[Tensor, Tensor]:
         cos, sinc = cos_and_sinc(h.reshape(-1, *h.shape[-2:]))
         return cos.reshape(h.shape), sinc.reshape(h.shape)
-
-    @staticmethod
-    def _alignment(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """W with ``y W`` nearest to x, and eigenvalues (cosines) and eigenvectors of the symmetric ``x^T y W``."""
-        q, cosines, rh = torch.linalg.svd(y.mT @ x)
-        return q @ rh, cosines, rh.mT

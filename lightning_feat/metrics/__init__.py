@@ -1,6 +1,15 @@
 """What adds up over batches and over processes, around the functions of ``functional``."""
 
+from lightning_feat.metrics.grassmann import OrthonormalityError, SubspaceAngle, SubspaceDistance
 from lightning_feat.metrics.neural_collapse import ClassDistanceNormalizedVariance, NeuralCollapse
 from lightning_feat.metrics.transfer import ClassSeparation, WithinClassVariability
 
-__all__ = ["ClassDistanceNormalizedVariance", "ClassSeparation", "NeuralCollapse", "WithinClassVariability"]
+__all__ = [
+    "ClassDistanceNormalizedVariance",
+    "ClassSeparation",
+    "NeuralCollapse",
+    "OrthonormalityError",
+    "SubspaceAngle",
+    "SubspaceDistance",
+    "WithinClassVariability",
+]

@@ -3,11 +3,15 @@
 Shapes: C classes, k dimensions of a subspace, D features, P pairs of classes.
 """
 
+from typing import Any, Literal
+
 import torch
 from torch import Tensor
 
-from lightning_feat.functional.grassmann import geodesic_distance, principal_angles
+from lightning_feat.functional.common.class_sums import to_float64
+from lightning_feat.functional.grassmann import geodesic_distance, orthonormality_error, principal_angles
 from lightning_feat.functional.grassmann.angles import pairwise_principal_angles
+from lightning_feat.metrics.common import SumsMetric, at_least_one
 
 _BLOCK_BYTES = 64 * 2**20  # of the bases of the pairs that are compared at once
 
@@ -43,6 +47,127 @@ def subspace_distances(basis: Tensor, start: Tensor) -> Tensor:
     block = max(1, _BLOCK_BYTES // (basis[0].numel() * basis.element_size()))
     pairs = zip(basis.split(block), start.split(block), strict=True)
     return torch.cat([geodesic_distance(now, then.to(now)) for now, then in pairs])
+
+
+class _BasisMetric(SumsMetric):
+    """Mean of a number of a basis over the calls of ``update`` since ``reset``; the same on every process."""
+
+    plot_lower_bound = 0.0
+    _state: str
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        # Named by the class: of two metrics with equal states a MetricCollection keeps one.
+        for name in (self._state, f"{self._state}_updates"):
+            self._add_sum(name)
+
+    def update(self, basis: Tensor) -> None:
+        """Add the number of this ``basis``, ``(C, k, D)`` with orthonormal rows, all of it on every process."""
+        if basis.ndim != 3:
+            raise ValueError(f"basis must be (C, k, D), got {tuple(basis.shape)}: store a basis as rows")
+        value = to_float64(self._measure(basis.detach())).to(getattr(self, self._state))
+        setattr(self, self._state, getattr(self, self._state) + value)
+        setattr(self, f"{self._state}_updates", getattr(self, f"{self._state}_updates") + 1)
+
+    def _measure(self, basis: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def compute(self) -> Tensor:
+        """A float64 scalar; nan before any update."""
+        value: Tensor = getattr(self, self._state) / getattr(self, f"{self._state}_updates")
+        return value
+
+
+class SubspaceAngle(_BasisMetric):
+    """Principal angle between class subspaces, in degrees: the mean of all, or the smallest of any two.
+
+    Call ``update`` once where you measure, an epoch's end for example; several calls are averaged.
+
+    Args:
+        statistic: ``"mean"`` over the angles of all pairs, or of ``max_pairs`` drawn ones; ``"smallest"`` of all pairs.
+        max_pairs: how many pairs the mean takes at most.
+        seed: of the pairs that are drawn.
+        **kwargs: those of ``torchmetrics.Metric``.
+
+    Example:
+        >>> metric = SubspaceAngle()
+        >>> metric.update(torch.eye(4).view(2, 2, 4))  # two orthogonal planes
+        >>> metric.compute()
+        tensor(90., dtype=torch.float64)
+    """
+
+    plot_upper_bound = 90.0
+
+    def __init__(
+        self,
+        statistic: Literal["mean", "smallest"] = "mean",
+        max_pairs: int = 10_000,
+        seed: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        if statistic not in ("mean", "smallest"):
+            raise ValueError(f"statistic={statistic!r}: choose 'mean' or 'smallest'")
+        self._state = f"{statistic}_subspace_angle"
+        super().__init__(**kwargs)
+        self.statistic, self.seed = statistic, seed
+        (self.max_pairs,) = at_least_one(max_pairs=max_pairs)
+
+    def _measure(self, basis: Tensor) -> Tensor:
+        if self.statistic == "mean":
+            return subspace_angles(basis, self.max_pairs, self.seed).mean().rad2deg()
+        angles = pairwise_principal_angles(basis).flatten()
+        return angles.min().rad2deg() if len(angles) else angles.new_full((), torch.nan)
+
+
+class SubspaceDistance(_BasisMetric):
+    """Geodesic distance of class subspaces from where they started, in radians: the mean over classes or the largest.
+
+    Args:
+        start: the basis ``(C, k, D)`` to measure from; None takes that of the first ``update``, which ``reset`` keeps.
+        statistic: ``"mean"`` or ``"largest"``.
+        **kwargs: those of ``torchmetrics.Metric``.
+
+    Example:
+        >>> metric = SubspaceDistance(start=torch.tensor([[[1.0, 0.0]]]))
+        >>> metric.update(torch.tensor([[[0.0, 1.0]]]))
+        >>> metric.compute()  # a right angle
+        tensor(1.5708, dtype=torch.float64)
+    """
+
+    def __init__(
+        self, start: Tensor | None = None, statistic: Literal["mean", "largest"] = "mean", **kwargs: Any
+    ) -> None:
+        if statistic not in ("mean", "largest"):
+            raise ValueError(f"statistic={statistic!r}: choose 'mean' or 'largest'")
+        self._state = f"{statistic}_subspace_distance"
+        super().__init__(**kwargs)
+        self.statistic = statistic
+        self.start = None if start is None else start.detach().clone()
+
+    def _measure(self, basis: Tensor) -> Tensor:
+        if self.start is None:
+            self.start = basis.clone()
+        distances = subspace_distances(basis, self.start.to(basis.device))
+        return distances.mean() if self.statistic == "mean" else distances.max()
+
+
+class OrthonormalityError(_BasisMetric):
+    """Largest entry of ``abs(S S^T - I)`` over all class subspaces; zero is orthonormal.
+
+    Some 1e-6 is the rounding of float32; from 1e-4 on the basis has left its manifold.
+
+    Example:
+        >>> metric = OrthonormalityError()
+        >>> metric.update(2 * torch.eye(2)[None])
+        >>> metric.compute()
+        tensor(3., dtype=torch.float64)
+    """
+
+    higher_is_better = False
+    _state = "orthonormality_error"
+
+    def _measure(self, basis: Tensor) -> Tensor:
+        return orthonormality_error(basis).max()
 
 
 def _distinct(size: int, number: int, generator: torch.Generator) -> Tensor:

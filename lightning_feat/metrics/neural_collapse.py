@@ -3,29 +3,17 @@
 Shapes: N samples, D features, C classes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed
 from torch import Tensor
-from torch.linalg import vector_norm
 from torch.nn import Module
 from torchmetrics import Metric
+from torchmetrics.utilities import rank_zero_warn
 
-from lightning_feat.functional.common.class_sums import (
-    CenterSums,
-    ClassCenters,
-    ClassSums,
-    GlobalMean,
-    accumulation_device,
-    add_class_sums_,
-    center_sums,
-    check_target_range,
-    class_centers,
-    empty_class_sums,
-    to_float64,
-)
+from lightning_feat.functional.common.class_sums import GlobalMean
+from lightning_feat.functional.common.second_pass import CenterSums, ClassCenters, center_sums, class_centers
 from lightning_feat.functional.neural_collapse import (
     CollapsePicture,
     class_distance_normalized_variance,
@@ -34,125 +22,22 @@ from lightning_feat.functional.neural_collapse import (
     within_class_covariance,
     within_class_scatter,
 )
+from lightning_feat.functional.neural_collapse.measures import GROWS_WITH_COLLAPSE
+from lightning_feat.metrics.common import ClassSumsMetric
+
+_NEED_MOMENT = {"vci", "nc1_pinv_over_k"}
+_NEED_RESIDUALS = {"nc1_pinv_over_k", "nc1_pinv_over_k_balanced", "ncc_accuracy", "nc4_mismatch"}
 
 
-def all_reduce_sum(state: Tensor, group: Any = None) -> list[Tensor]:
-    """A ``dist_sync_fn`` for states that are sums: receives one copy of the state, not one from every process."""
-    total = state.clone()
-    torch.distributed.all_reduce(total, group=group)
-    return [total]
-
-
-def _values_are_at_hand(values: Tensor) -> bool:
-    """Whether looking at values stops nothing: on an accelerator it waits until all that was queued has run."""
-    return values.device.type == "cpu"
-
-
-class _ClassSumsMetric(Metric):
-    """Sums per class, added in place so that a batch costs its own size and not that of the state."""
-
-    is_differentiable = False  # what should train the features takes the functions, which are
-    full_state_update = False
-    counts: Tensor
-    sums: Tensor
-    squares: Tensor
-    nonfinite: Tensor
-    outside: Tensor
-
-    def __init__(self, num_classes: int, num_features: int, **kwargs: Any) -> None:
-        if num_classes < 1 or num_features < 1:
-            raise ValueError(f"num_classes={num_classes} and num_features={num_features}: both must be at least 1")
-        super().__init__(**{"dist_sync_fn": all_reduce_sum, **kwargs})
-        self.num_classes, self.num_features = num_classes, num_features
-        for name, zeros in empty_class_sums(num_classes, num_features)._asdict().items():
-            self.add_state(name, default=zeros, dist_reduce_fx="sum")
-        self._add_sum("nonfinite")
-        self._add_sum("outside")
-
-    def _add_sum(self, name: str, *shape: int) -> None:
-        self.add_state(name, default=torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
-
-    def _apply(self, fn: Callable[..., Tensor], exclude_state: Any = "") -> Module:
-        device = fn(torch.zeros(1)).device
-        # A move to a device without float64 (MPS) leaves the sums on the CPU, where `update` brings the features.
-        return self if accumulation_device(device) != device else super()._apply(fn, exclude_state)
-
-    def _make_writable(self) -> None:
-        """Replace states that a ``reset`` within inference mode has made: outside it they could not be added to."""
-        if not torch.is_inference_mode_enabled():
-            for name in self._defaults:
-                if getattr(self, name).is_inference():
-                    setattr(self, name, getattr(self, name).clone())
-
-    def _usable(
-        self, features: Tensor, targets: Tensor, repeated: Tensor | None, first: bool
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The batch in float64 with what must not count set to zero, and weights of one or zero (None: all count).
-
-        On an accelerator only the first batch looks for targets out of range; later ones are left out, counted, and
-        reported by ``compute``.
-        """
-        if features.ndim != 2 or features.shape[1] != self.num_features:
-            raise ValueError(
-                f"num_features={self.num_features} but features are {tuple(features.shape)}: they must be (N, D); "
-                f"set num_features to the width of the layer, and pool or flatten feature maps first."
-            )
-        if repeated is not None and repeated.shape != features.shape[:1]:
-            raise ValueError(f"repeated must be ({len(features)},), one for each sample, got {tuple(repeated.shape)}")
-        features = to_float64(features.detach())
-        targets, at_hand = targets.to(features.device), _values_are_at_hand(features)
-        bad_N = ~vector_norm(features, dim=1).isfinite()  # ten times as fast as features.isfinite().all(1)
-        left_out_N = bad_N
-        if repeated is not None:
-            repeated_N = repeated.to(features.device, torch.bool)
-            bad_N, left_out_N = bad_N & ~repeated_N, bad_N | repeated_N
-        self.nonfinite += bad_N.sum()
-        if targets.ndim == 1 and not targets.is_floating_point():
-            if at_hand or first:
-                check_target_range(targets, self.num_classes)
-            else:
-                outside_N = (targets < 0) | (targets >= self.num_classes)
-                self.outside += (outside_N & ~left_out_N).sum()
-                targets, left_out_N = targets.masked_fill(outside_N, 0), left_out_N | outside_N
-        if at_hand and not left_out_N.any():
-            return features, targets, None
-        return features.masked_fill(left_out_N[:, None], 0), targets, (~left_out_N).double()
-
-    def update(self, features: Tensor, targets: Tensor, repeated: Tensor | None = None) -> None:
-        """Add a batch.
-
-        Args:
-            features: ``(N, D)``, any floating dtype. Samples that are not finite are left out and counted.
-            targets: ``(N,)`` class indices in ``[0, num_classes)``, or ``(N, C)`` floating soft targets.
-            repeated: ``(N,)`` mask of samples that a distributed sampler repeats to even out the processes, left out
-                here; :func:`~lightning_feat.functional.common.class_sums.repeated_by_sampler` makes it.
-
-        Raises:
-            ValueError: if shapes do not fit, or a class index is out of range (on an accelerator: at the first batch,
-                else from ``compute``, so that no batch waits for the device).
-        """
-        self._make_writable()
-        features, targets, weights = self._usable(features, targets, repeated, first=self.update_count <= 1)
-        self._add(features, targets, weights)
-
-    def _add(self, features: Tensor, targets: Tensor, weights: Tensor | None) -> None:
-        add_class_sums_(self._totals(), features, targets, weights)
-
-    def _totals(self) -> ClassSums:
-        return ClassSums(self.counts, self.sums, self.squares)
-
-    def _check_outside(self) -> None:
-        if self.outside > 0:
-            raise ValueError(
-                f"{int(self.outside)} targets lay outside [0, {self.num_classes}): set num_classes to the number of "
-                f"classes, and leave out samples that carry a marker for 'no label'."
-            )
-
-
-class ClassDistanceNormalizedVariance(_ClassSumsMetric):
+class ClassDistanceNormalizedVariance(ClassSumsMetric):
     """CDNV of everything seen since ``reset``, exact over batches and processes; the formula is in ``functional``.
 
     Keeps sums, not samples: ``8 * C * (D + 2)`` bytes, and as many for what ``reset`` restores.
+
+    Args:
+        num_classes: number of classes C, counting those without samples.
+        num_features: width D of the features.
+        **kwargs: those of ``torchmetrics.Metric``. A ``dist_sync_fn`` must suit states that are sums.
 
     Example:
         >>> features = torch.tensor([[0.0], [2.0], [4.0], [6.0]])  # class means 1 and 5, variance 1 around each
@@ -162,6 +47,7 @@ class ClassDistanceNormalizedVariance(_ClassSumsMetric):
     """
 
     higher_is_better = False
+    plot_lower_bound = 0.0
 
     def compute(self) -> Tensor:
         """CDNV, the same scalar on every process."""
@@ -169,14 +55,19 @@ class ClassDistanceNormalizedVariance(_ClassSumsMetric):
         return class_distance_normalized_variance(self._totals())
 
 
-class NeuralCollapse(_ClassSumsMetric):
-    """Every measure of :func:`~lightning_feat.functional.neural_collapse.collapse_measures`, as one dictionary.
+class NeuralCollapse(ClassSumsMetric):
+    """Measures of :func:`~lightning_feat.functional.neural_collapse.collapse_measures`: all as one dictionary, or one.
 
     One pass gives NC1 by quotient, CDNV and NC2; with ``second_moment`` also NC1 by pseudo-inverse and VCI; with
-    :meth:`set_classifier` also NC0 and NC3. For nearest-mean accuracy, NC4, and NC1 by pseudo-inverse without a
-    ``(D, D)`` matrix, run over the same samples again between :meth:`start_second_pass` and ``compute``.
+    :meth:`set_classifier` also NC0 and NC3. For nearest-mean accuracy, NC4, NC1 by pseudo-inverse without a ``(D, D)``
+    matrix, and what is small beside the rounding of sums, run over the same samples again between
+    :meth:`start_second_pass` and ``compute``.
 
-    Keeps sums, not samples: ``8 * C * (D + 3)`` bytes, with ``second_moment`` ``8 * D^2`` more; torchmetrics holds as
+    With ``measures="cdnv"`` it is a metric of one number, for ``self.log``, ``MetricTracker`` and the wrappers of
+    torchmetrics; several of them, of the same classes and features, share their sums in a ``MetricCollection``, which
+    ``self.log_dict`` takes.
+
+    Keeps sums, not samples: ``8 * C * (D + 4)`` bytes, with ``second_moment`` ``8 * D^2`` more; torchmetrics holds as
     many again for ``reset``. At C = 1000, D = 2048 that is 16 MB (twice), with the second moment 50 MB (twice). To
     synchronise, a process receives one copy of the state. A batch of 128 takes 0.08 ms at C = 10, D = 512 and 0.25 ms
     at 1000 x 2048 on one CPU core, with the second moment 1.6 and 43 ms. Call ``update``, not the metric itself: its
@@ -187,7 +78,10 @@ class NeuralCollapse(_ClassSumsMetric):
         num_features: width D of the features.
         second_moment: whether to keep the ``(D, D)`` second moment.
         global_mean: what class means are centred by: the mean of the class means, or of all samples.
-        within_scatter: whether the second pass keeps the ``(D, D)`` scatter within classes, for :meth:`picture`.
+        within_scatter: whether the second pass keeps the ``(D, D)`` scatter within classes, for :meth:`picture` and a
+            VCI without the rounding of the second moment.
+        measures: names of the measures to make, None for all; the others cost no time. The name of a single one makes
+            ``compute`` give that number alone.
         **kwargs: those of ``torchmetrics.Metric``. A ``dist_sync_fn`` must suit states that are sums.
 
     Example:
@@ -198,12 +92,16 @@ class NeuralCollapse(_ClassSumsMetric):
         tensor(0.2353, dtype=torch.float64)
     """
 
+    counts: Tensor
+    sums: Tensor
+    squares: Tensor
     moment: Tensor
     scatter: Tensor
     samples: Tensor
     mismatches: Tensor
     hits: Tensor
     projected: Tensor
+    residual_squares: Tensor
 
     def __init__(
         self,
@@ -212,21 +110,33 @@ class NeuralCollapse(_ClassSumsMetric):
         second_moment: bool = False,
         global_mean: GlobalMean = "classes",
         within_scatter: bool = False,
+        measures: str | Sequence[str] | None = None,
         **kwargs: Any,
     ) -> None:
         if global_mean not in ("classes", "samples"):
             raise ValueError(f"global_mean must be 'classes' or 'samples', got {global_mean!r}")
+        names = [measures] if isinstance(measures, str) else measures
+        if names is not None and not {*names} <= GROWS_WITH_COLLAPSE.keys():
+            raise ValueError(f"measures={measures!r}: choose from {', '.join(GROWS_WITH_COLLAPSE)}")
         # The second pass and the classifier change the result without an `update`, so no result is kept.
         super().__init__(num_classes, num_features, **{"compute_with_cache": False, **kwargs})
         self.second_moment, self.global_mean, self.within_scatter = second_moment, global_mean, within_scatter
+        self.measures = measures
         for name, kept in (("moment", second_moment), ("scatter", within_scatter)):
             if kept:
-                self._add_sum(name, num_features, num_features)
+                self._add_sum(name, self.num_features, self.num_features)
         for name in ("samples", "mismatches", "hits"):
             self._add_sum(name)
-        self._add_sum("projected", num_classes)
+        for name in ("projected", "residual_squares"):
+            self._add_sum(name, self.num_classes)
         self._centers: ClassCenters | None = None
         self._classifier: dict[str, Tensor] = {}
+        self._said: set[str] = set()
+
+    @property
+    def higher_is_better(self) -> bool | None:  # type: ignore[override]
+        """Of a single measure, whether it grows as the network collapses; None for a dictionary of them."""
+        return GROWS_WITH_COLLAPSE[self.measures] if isinstance(self.measures, str) else None
 
     def set_classifier(
         self, weight: Tensor | None = None, bias: Tensor | None = None, basis: Tensor | None = None
@@ -237,9 +147,47 @@ class NeuralCollapse(_ClassSumsMetric):
         given = {"weight": weight, "bias": bias, "basis": basis}
         self._classifier = {name: value.detach() for name, value in given.items() if value is not None}
 
-    def _add(self, features: Tensor, targets: Tensor, weights: Tensor | None) -> None:
+    def _apply(self, fn: Callable[..., Tensor], exclude_state: Any = "") -> Module:
+        moved = super()._apply(fn, exclude_state)
         if self._centers is not None:
-            raise RuntimeError("the second pass has started: call reset() before the first pass of the next round")
+            self._centers = ClassCenters(*(value.to(self.counts.device) for value in self._centers))
+        return moved
+
+    def _refuse_in_second_pass(self, what: str) -> None:
+        if self._centers is not None:
+            raise RuntimeError(f"the second pass has started: call reset() before {what}")
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Add a batch of the first pass, and give the measures of this batch alone."""
+        self._refuse_in_second_pass("the first pass of the next round")
+        return super().forward(*args, **kwargs)
+
+    def update(self, features: Tensor, targets: Tensor, repeated: Tensor | None = None) -> None:
+        """Add a batch of the first pass, see :meth:`ClassSumsMetric.update`.
+
+        Raises:
+            RuntimeError: after :meth:`start_second_pass`.
+        """
+        self._refuse_in_second_pass("the first pass of the next round")
+        super().update(features, targets, repeated)
+
+    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
+        """Add the sums of another metric, both before their second pass.
+
+        Raises:
+            RuntimeError: where one has begun it: its residuals belong to the class means of its own samples.
+            ValueError: if its states have other names or shapes.
+        """
+        self._refuse_in_second_pass("it is merged with another")
+        if isinstance(incoming_state, NeuralCollapse):
+            incoming_state._refuse_in_second_pass("it is merged into another")
+        super().merge_state(incoming_state)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._centers = None  # they are in no state dict
+
+    def _add(self, features: Tensor, targets: Tensor, weights: Tensor | None) -> None:
         super()._add(features, targets, weights)
         if self.second_moment:
             self.moment.addmm_(features.T, features)  # what does not count is zero by now
@@ -248,7 +196,7 @@ class NeuralCollapse(_ClassSumsMetric):
         """Fix the class means of all processes, which must all call this, and start the second pass anew."""
         with self.sync_context(dist_sync_fn=self.dist_sync_fn, should_sync=self.sync_on_compute):
             self._check_outside()
-            self._centers = class_centers(self._totals(), self.global_mean)
+            self._centers = class_centers(self._totals(), self.global_mean, self._rounding())
         for name in (*CenterSums._fields, *(["scatter"] if self.within_scatter else [])):
             setattr(self, name, torch.zeros_like(getattr(self, name)))
 
@@ -285,19 +233,74 @@ class NeuralCollapse(_ClassSumsMetric):
                 within = self.scatter / self.counts.sum()
             elif self.second_moment:
                 within = within_class_covariance(self._totals(), self.moment)
-            return collapse_picture(self._totals(), within, self.global_mean)
+            return collapse_picture(self._totals(), within, self.global_mean, rounding=self._rounding())
 
-    def compute(self) -> dict[str, Tensor]:
-        """The measures and ``nonfinite_samples``, the number left out; the same float64 scalars on every process."""
+    def compute(self) -> Any:
+        """The same float64 numbers on every process: a dictionary of the measures and ``nonfinite_samples``, the
+        number left out; or the one that was asked for.
+
+        Raises:
+            RuntimeError: if what was asked for needs a second pass or a classifier that was not given.
+        """
         self._check_outside()
+        has_residuals = self._centers is not None
         values = collapse_measures(
             self._totals(),
             moment=self.moment if self.second_moment else None,
-            residuals=None if self._centers is None else CenterSums(*(getattr(self, n) for n in CenterSums._fields)),
+            residuals=CenterSums(*(getattr(self, name) for name in CenterSums._fields)) if has_residuals else None,
+            scatter=self.scatter if self.within_scatter and has_residuals else None,
             global_mean=self.global_mean,
+            rounding=self._rounding(),
+            measures=[self.measures] if isinstance(self.measures, str) else self.measures,
             **self._classifier,
         )
-        return {**values, "nonfinite_samples": self.nonfinite}
+        if has_residuals and self.samples != self.counts.sum():
+            values = self._without_residuals(values)
+        self._say_what_is_undefined(values)
+        if not isinstance(self.measures, str):
+            return {**values, "nonfinite_samples": self.nonfinite}
+        if self.measures not in values:
+            raise RuntimeError(f"{self.measures} is not known yet: {self._what_it_needs(self.measures)}")
+        return values[self.measures]
+
+    def _without_residuals(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        self._say(
+            f"neural collapse: the second pass has had {float(self.samples):g} samples, the first "
+            f"{float(self.counts.sum()):g}. What needs it is nan: run it over the same samples."
+        )
+        spoilt = _NEED_RESIDUALS | {"nc1_quotient", "nc1_quotient_balanced", "cdnv", "cdnv_worst_pair"}
+        spoilt |= {"vci"} if self.within_scatter else set()
+        return {name: torch.full_like(value, torch.nan) if name in spoilt else value for name, value in values.items()}
+
+    def _say_what_is_undefined(self, values: dict[str, Tensor]) -> None:
+        samples, seen = float(self.counts.sum()), int((self.counts > 0).sum())
+        if 0 < samples <= seen and values.keys() & {"nc1_quotient", "cdnv", "nc1_pinv_over_k"}:
+            self._say(
+                f"neural collapse: {samples:g} samples of {seen} classes, none with two: no spread within classes is "
+                "known, and NC1 and CDNV are nan."
+            )
+        elif "vci" in values and values["vci"].isnan() and seen < samples <= self.num_features + 1:
+            self._say(
+                f"neural collapse: vci is nan, as a linear probe on {self.num_features} features fits any {samples:g} "
+                f"samples. It needs more than {self.num_features + 1}, and ten times as many to be right to a tenth."
+            )
+
+    def _say(self, sentence: str) -> None:
+        if sentence not in self._said:
+            self._said.add(sentence)
+            rank_zero_warn(sentence)
+
+    def _what_it_needs(self, name: str) -> str:
+        if name in _NEED_MOMENT and not self.second_moment:
+            return "set second_moment=True, or run a second pass" + (" with within_scatter=True" * (name == "vci"))
+        if name in _NEED_RESIDUALS:
+            logits = ", with the logits" if name == "nc4_mismatch" else ""
+            return f"run over the samples again after start_second_pass(){logits}"
+        if name in ("nc2_etf_error", "nc2_equiangularity", "nc2_weight_etf_error", "nc2_weight_equiangularity"):
+            fits = self.num_features >= self.num_classes - 1
+            if not fits:
+                return f"no simplex of {self.num_classes} classes fits {self.num_features} features"
+        return "give the classifier by set_classifier()"
 
     def reset(self) -> None:
         """Forget all samples and the centers, and keep the classifier."""

@@ -1,14 +1,9 @@
 """Separation of classes and variability within them, of everything seen since ``reset``: the state is sums."""
 
-from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.nn import Module
-from torchmetrics import Metric
 
-from lightning_feat.functional.common.class_sums import accumulation_device
 from lightning_feat.functional.transfer.class_separation import (
     PairAngleSums,
     add_direction_sums_,
@@ -16,10 +11,10 @@ from lightning_feat.functional.transfer.class_separation import (
     pair_angle_sums,
     within_class_variability,
 )
-from lightning_feat.metrics.neural_collapse import _ClassSumsMetric, all_reduce_sum
+from lightning_feat.metrics.common import ClassSumsMetric, SumsMetric, at_least_one
 
 
-class ClassSeparation(_ClassSumsMetric):
+class ClassSeparation(ClassSumsMetric):
     """Class separation R^2 of everything seen since ``reset``, exact over batches and processes.
 
     The formula is in :func:`~lightning_feat.functional.transfer.class_separation_r2`. Keeps sums of unit
@@ -32,6 +27,8 @@ class ClassSeparation(_ClassSumsMetric):
     """
 
     higher_is_better = None  # the better it separates its classes, the worse it transfers
+    plot_lower_bound, plot_upper_bound = 0.0, 1.0
+    _prefix = "direction_"
 
     def _add(self, features: Tensor, targets: Tensor, weights: Tensor | None) -> None:
         add_direction_sums_(self._totals(), features, targets, weights)
@@ -39,16 +36,21 @@ class ClassSeparation(_ClassSumsMetric):
     def compute(self) -> Tensor:
         """R^2, the same scalar on every process."""
         self._check_outside()
-        return class_separation_r2(self._totals())
+        return class_separation_r2(self._totals(), self._rounding())
 
 
-class WithinClassVariability(Metric):
+class WithinClassVariability(SumsMetric):
     """Mean angle, in degrees, between samples of one class that came in the same call of ``update``.
 
     All pairs of a data set are those of one call with all of it. With shuffled batches the pairs inside them are a fair
     sample of all, of about ``N (B - 1) / (2 C)`` pairs from N samples in batches of B. Sums of angles and counts, so
     exact for these pairs over batches and processes: ``16 * C`` bytes. A batch costs ``B^2 D`` products in float64.
     The formula is in :func:`~lightning_feat.functional.transfer.class_separation.within_class_variability`.
+
+    Args:
+        num_classes: number of classes C, counting those without samples.
+        num_features: width D that the features must have; None takes any.
+        **kwargs: those of ``torchmetrics.Metric``. A ``dist_sync_fn`` must suit states that are sums.
 
     Example:
         >>> metric = WithinClassVariability(num_classes=2)
@@ -57,24 +59,16 @@ class WithinClassVariability(Metric):
         tensor(90., dtype=torch.float64)
     """
 
-    is_differentiable = False
-    higher_is_better = None
-    full_state_update = False
+    plot_lower_bound, plot_upper_bound = 0.0, 180.0
     angles: Tensor
     pairs: Tensor
 
-    def __init__(self, num_classes: int, **kwargs: Any) -> None:
-        if num_classes < 1:
-            raise ValueError(f"num_classes={num_classes} must be at least 1")
-        super().__init__(**{"dist_sync_fn": all_reduce_sum, **kwargs})
-        self.num_classes = num_classes
+    def __init__(self, num_classes: int, num_features: int | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        (self.num_classes,) = at_least_one(num_classes=num_classes)
+        self.num_features = None if num_features is None else at_least_one(num_features=num_features)[0]
         for name in PairAngleSums._fields:
-            self.add_state(name, default=torch.zeros(num_classes, dtype=torch.float64), dist_reduce_fx="sum")
-
-    def _apply(self, fn: Callable[..., Tensor], exclude_state: Any = "") -> Module:
-        device = fn(torch.zeros(1)).device
-        # A move to a device without float64 (MPS) leaves the sums on the CPU, where they are made.
-        return self if accumulation_device(device) != device else super()._apply(fn, exclude_state)
+            self._add_sum(name, self.num_classes)
 
     def update(self, features: Tensor, targets: Tensor, repeated: Tensor | None = None) -> None:
         """Add the pairs within a batch.
@@ -87,6 +81,8 @@ class WithinClassVariability(Metric):
         Raises:
             ValueError: if shapes or dtypes do not fit, or on a CPU a class index is out of range.
         """
+        if self.num_features is not None and features.shape[1:] != (self.num_features,):
+            raise ValueError(f"num_features={self.num_features} but features are {tuple(features.shape)}: set it so")
         features, weights = features.detach(), None
         if features.ndim == 2:
             usable_N = features.isfinite().all(1)

@@ -47,6 +47,55 @@ def test_what_was_had_is_skipped_once():
     assert list(sampler) == whole
 
 
+def test_what_was_had_of_an_epoch_is_not_taken_from_the_next():
+    sampler = PlanSampler(COUNTS)
+    sampler.set_epoch(1)
+    sampler.resume(3)
+    assert len(sampler) == 8
+    sampler.set_epoch(2)  # nothing was left to draw in epoch 1
+    whole = PlanSampler(COUNTS)
+    whole.set_epoch(2)
+    assert list(sampler) == list(whole)
+
+
+@pytest.mark.parametrize(("before", "now"), [(2, 1), (1, 2), (3, 2), (2, 3)])
+@pytest.mark.parametrize("had", [1, 2])
+def test_what_is_left_of_an_epoch_is_dealt_out_among_other_processes(before, now, had):
+    whole = PlanSampler(COUNTS).order().tolist()
+    shares = [PlanSampler(COUNTS, num_replicas=now, rank=rank) for rank in range(now)]
+    shown = PlanSampler(COUNTS, num_replicas=before).shown_after(had)
+    assert shown == had * before
+    for share in shares:
+        share.resume(4, shown)
+    left = [list(share) for share in shares]
+    dealt = [index for row in zip(*left, strict=True) for index in row]
+    assert dealt[: 8 - shown] == whole[shown:]
+    assert dealt[8 - shown :] == whole[: len(dealt) - 8 + shown]
+    assert all(len(share) == 4 + len(rest) for share, rest in zip(shares, left, strict=True))
+    assert all(share.share().tolist()[4:] == rest for share, rest in zip(shares, left, strict=True))
+    assert all(share.shown_after(5) == min(8, shown + now) for share in shares)
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_it_knows_what_it_shows_to_fill_up(processes):
+    shares = [PlanSampler(COUNTS, num_replicas=processes, rank=rank) for rank in range(processes)]
+    masks = torch.stack([torch.cat([share.repeats(0, 2), share.repeats(2, 5)]) for share in shares], dim=1)
+    assert masks.flatten().tolist() == [False] * 8 + [True] * (len(shares[0]) * processes - 8)
+
+
+@pytest.mark.parametrize("slow", [17_000, 17_013])  # sums of which float32 rounds the mean up
+def test_an_epoch_that_keeps_its_length_ends_with_the_last_example(slow):
+    counts = torch.ones(50_000, dtype=torch.long)
+    counts[:slow] = 2
+    sampler = PlanSampler(counts, "keep")
+    for epoch in range(20):
+        sampler.set_epoch(epoch)
+        shown = sampler.order().bincount(minlength=50_000)
+        assert len(shown) == 50_000
+        assert shown[:slow].max() <= 2
+        assert shown[slow:].max() <= 1
+
+
 def test_an_epoch_that_keeps_its_length_takes_counts_as_weights():
     sampler = PlanSampler([1, 2, 1, 1], length="keep")
     shown = torch.zeros(4)
@@ -89,6 +138,11 @@ def test_lightning_leaves_it_in_place_and_tells_it_the_epoch(tmp_path):
     for epoch, seen in enumerate(module.seen):
         sampler.set_epoch(epoch)
         assert seen == pytest.approx([float(data[index][0].sum()) for index in sampler])
+
+
+def test_a_negative_past_is_refused():
+    with pytest.raises(ValueError, match="skip=1 and shown=-1"):
+        PlanSampler([1]).resume(1, -1)
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,7 @@ def _seen(totals: ClassSums) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
 
 def nc1_quotient(totals: ClassSums) -> Tensor:
     counts, means, variances = _seen(totals)
-    if len(counts) < 2:
+    if len(counts) < 2 or sum(counts) <= len(counts):
         return NAN
     center = sum(means) / len(means)
     within = sum(n * v for n, v in zip(counts, variances, strict=True)) / sum(counts)
@@ -100,7 +100,9 @@ def nc1_quotient(totals: ClassSums) -> Tensor:
 
 
 def cdnv(totals: ClassSums) -> Tensor:
-    _, means, variances = _seen(totals)
+    counts, means, variances = _seen(totals)
+    if sum(counts) <= len(counts):  # no spread is known
+        return NAN
     pairs = itertools.combinations(range(len(means)), 2)
     return _mean([(variances[i] + variances[j]) / (2 * (means[i] - means[j]).square().sum()) for i, j in pairs])
 

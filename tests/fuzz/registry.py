@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from lightning_feat.functional.common.class_sums import empty_class_sums
+from lightning_feat.functional.common.directions import thin_svd
 from lightning_feat.functional.feature_shift import shift_sums
 from lightning_feat.functional.grassmann.geodesic import full_precision
 from lightning_feat.functional.neural_collapse.duality import neco_subspace
 from lightning_feat.functional.neural_collapse.mixup import MixSums, mix_sums
+from lightning_feat.functional.neural_collapse.pairs import pair_statistics
 from lightning_feat.functional.transfer.class_separation import direction_sums, pair_angle_sums
 from tests.fuzz import definitions as slow
 from tests.fuzz.worlds import FINITE, World
@@ -159,6 +161,11 @@ def _curve(w: World) -> tuple[Any, ...]:
     return [float(loss) for loss in w.losses()], 50
 
 
+def _pairs(w: World) -> tuple[Tensor, Tensor]:
+    vectors = w.finish(w.scale * w.raw("pairs", 4, w.num_features), torch.float64)
+    return vectors, w.finish((w.scale * w.raw("values", 4)).square(), torch.float64)
+
+
 CASES: dict[str, Case] = {
     "transfer.add_direction_sums_": Case(
         lambda w: (empty_class_sums(w.num_classes, w.num_features), *_features(w)[:2]), mutates=(0,), degree=0
@@ -194,10 +201,17 @@ CASES: dict[str, Case] = {
     "common.class_variances": Case(_totals, degree=2, samples="nothing", gradient=True),
     "common.feature_mean": Case(_totals, degree=1, samples="nothing", gradient=True),
     "common.centered_class_means": Case(_totals, degree=1, samples="nothing", gradient=True),
+    "common.has_spread": Case(_totals, samples="nothing"),
+    "common.rounding_of": Case(lambda w: (w.dtype,)),
+    "common.thin_svd": Case(  # the signs of directions are free
+        lambda w: (w.finish(w.raw("matrix", 5, 3) * w.scale, torch.float64),),
+        function=lambda matrix: thin_svd(matrix)[0],
+        degree=1,
+    ),
     "common.between_class_directions": Case(_totals, degree=(1, 0)),
     "common.class_centers": Case(_totals, degree=(1, 1, 0, -1)),
     "common.center_sums": Case(
-        lambda w: (*_features(w)[:2], w.logits(), w.centers()), degree=0, samples="nothing", adds=False
+        lambda w: (*_features(w)[:2], w.logits(), w.centers()), degree=(0, 0, 0, 0, 2), samples="nothing", adds=False
     ),
     "common.repeated_by_sampler": Case(lambda w: (2 * w.num_samples, 4, 1, 2, 3 * w.num_samples + 1)),
     "neural_collapse.nc0": Case(_vectors, degree=2, gradient=True),
@@ -292,6 +306,13 @@ CASES: dict[str, Case] = {
     ),
     "neural_collapse.cdnv_worst_pair": Case(_totals, degree=0, samples="nothing", gradient=True),
     "neural_collapse.variability_collapse_index": Case(_with_moment, degree=0, samples="nothing"),
+    "neural_collapse.vci_from_scatter": Case(_with_moment, samples="nothing"),
+    "neural_collapse.pair_statistics": Case(
+        _pairs,
+        function=lambda vectors, values: pair_statistics(vectors, ["chord", "cdnv"], values)["cdnv"].mean,
+        degree=0,
+        gradient=True,
+    ),
     "neural_collapse.between_class_spectrum": Case(_totals, degree=2, samples="nothing"),
     "neural_collapse.within_class_spectrum": Case(_with_moment, degree=2, samples="nothing"),
     "neural_collapse.covariance_spectrum": Case(lambda w: (w.covariance(),), degree=2, samples="nothing"),

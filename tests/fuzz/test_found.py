@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from lightning_feat.functional.common.class_sums import between_class_directions, class_sums, second_moment
+from lightning_feat.functional.common.class_sums import class_sums, second_moment
+from lightning_feat.functional.common.directions import between_class_directions
 from lightning_feat.functional.feature_shift import cosine_shift, relative_shift, relative_shift_by_sample
 from lightning_feat.functional.grassmann import (
     orthonormality_error,

@@ -13,15 +13,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_feat.functional.common.class_sums import (
-    CenterSums,
-    ClassCenters,
-    ClassSums,
-    center_sums,
-    class_centers,
-    class_sums,
-    second_moment,
-)
+from lightning_feat.functional.common.class_sums import ClassSums, class_sums, second_moment
+from lightning_feat.functional.common.second_pass import CenterSums, ClassCenters, center_sums, class_centers
 from lightning_feat.functional.grassmann import random_basis
 from lightning_feat.functional.neural_collapse.simplex import simplex_prototypes
 

@@ -276,3 +276,18 @@ def test_state_survives_deepcopy_and_pickle():
     for other in (copy.deepcopy(basis), pickle.loads(pickle.dumps(basis))):
         assert isinstance(other.manifold, Grassmann)
         assert torch.equal(other, basis)
+
+
+def test_the_gradient_of_the_logarithm_is_right_where_angles_coincide_or_are_zero():
+    manifold = Grassmann()
+    x = manifold.origin(8, 3, dtype=torch.float64).detach()
+    same = torch.zeros(8, 3, dtype=torch.float64)
+    same[3:6] = 0.4 * torch.eye(3, dtype=torch.float64)
+    weight = torch.randn(8, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def there_and_back(u):
+        return manifold.logmap(x, manifold.expmap(x, manifold.proju(x, u))) * weight
+
+    for u in (same, 0 * same, same + 1e-3 * weight):
+        torch.testing.assert_close(there_and_back(u), manifold.proju(x, u) * weight, rtol=0, atol=1e-14)
+        assert torch.autograd.gradcheck(there_and_back, u.clone().requires_grad_())

@@ -29,6 +29,7 @@ from lightning_feat.joints.reference import (
     refuse_sharding,
     warn_of_missing_start,
 )
+from lightning_feat.joints.run.inside import InsideFit
 from lightning_feat.joints.run.spared import run_spared
 from lightning_feat.joints.run.twins import callbacks_of, refuse_twin
 
@@ -113,6 +114,7 @@ class FeatureShiftMonitor(Callback):
             frozen = FrozenStart(named, read, pooling, trunk, forward, start, self._keep_graph)
             self.comparison = Comparison(named, frozen, read, pooling, mask_key, self._keep_graph)
         self._of: weakref.ref[LightningModule] | None = None  # whose start it is
+        self._inside = InsideFit()
         self._totals: dict[str, ShiftSums] = {}
         self._lost: dict[str, Tensor] = {}  # tokens that were not finite
         self.nonfinite = NonfiniteWatch(self.state_key, " and are left out of the shift")
@@ -132,6 +134,9 @@ class FeatureShiftMonitor(Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn != "fit":
             return
+        self._inside.load(trainer)
+        if self._inside:
+            return  # a search goes back to where it began; the start of the run is known
         stored = checkpoint.get(self.state_key, {})
         self.history = {name: [(x, y) for x, y in line] for name, line in stored.get("history", {}).items()}
         if self._frozen is not None:
@@ -143,6 +148,7 @@ class FeatureShiftMonitor(Callback):
         refuse_twin(trainer, self)
         if stage != "fit":
             return
+        self._inside.setup(trainer)
         if self.towers and self.comparison is None:
             self.comparison = compare_towers(
                 pl_module, self.text_layers, self.image_layers, self.without_prompts, self.forward, self.trunk,
@@ -177,6 +183,9 @@ class FeatureShiftMonitor(Callback):
         self._totals, self._lost, self._listens = {}, {}, False
         self.nonfinite.reset()
         self.silence.begin()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._inside.train_start()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.data == "train":

@@ -32,6 +32,7 @@ from lightning_feat.joints.reference import (
     refuse_sharding,
     warn_of_missing_start,
 )
+from lightning_feat.joints.run.inside import InsideFit
 from lightning_feat.joints.run.twins import refuse_twin
 
 Form: TypeAlias = Literal["relative", "distillation", "cosine", "l2_sp", "consistency"]
@@ -141,6 +142,7 @@ class FeatureShiftRegularizer(Callback):
         self.reference: FrozenStart | CachedStart | WithoutPrompts | StartWeights | None = None
         self.term: LossTerm | None = None  # of two towers it is made when a fit begins
         self._of: weakref.ref[LightningModule] | None = None  # whose start it is
+        self._inside = InsideFit()
         if form == "l2_sp":
             names = None if layers is None else [str(name) for name in self.layers]
             self.reference = StartWeights(names, new_layers or [])
@@ -165,6 +167,9 @@ class FeatureShiftRegularizer(Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if self.reference is None or isinstance(self.reference, WithoutPrompts) or trainer.state.fn != "fit":
             return
+        self._inside.load(trainer)
+        if self._inside:
+            return  # a search goes back to where it began; the start of the run is known
         if not checkpoint.get(self.state_key) and self.start is None:
             warn_of_missing_start(self.state_key)
         self.reference.restore(checkpoint.get(self.state_key, {}))
@@ -173,6 +178,7 @@ class FeatureShiftRegularizer(Callback):
         refuse_twin(trainer, self)
         if stage != "fit":
             return
+        self._inside.setup(trainer)
         refuse_sharding(trainer, self.state_key)
         if self.towers and self.term is None:
             comparison = compare_towers(
@@ -191,6 +197,7 @@ class FeatureShiftRegularizer(Callback):
             add_loss_term(pl_module, self.term)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._inside.train_start()
         if isinstance(self.reference, CachedStart):
             self.reference.fill(trainer, pl_module)
 

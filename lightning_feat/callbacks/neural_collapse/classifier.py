@@ -1,6 +1,7 @@
 from torch import Tensor, nn
 
 from lightning_feat.joints.data.processes import full_tensor
+from lightning_feat.joints.features.weights import read_weight
 from lightning_feat.layers.grassmann import GrassmannLinear
 from lightning_feat.layers.neural_collapse import SimplexETF
 
@@ -15,10 +16,10 @@ def classifier_tensors(head: nn.Module, num_classes: int, num_features: int) -> 
     """
     if isinstance(head, GrassmannLinear):
         return {"basis": full_tensor(head.basis)}
-    weight = head.prototypes if isinstance(head, SimplexETF) else getattr(head, "weight", None)
+    weight = head.prototypes if isinstance(head, SimplexETF) else read_weight(head)
     if not isinstance(weight, Tensor) or weight.shape != (num_classes, num_features, *[1] * (weight.ndim - 2)):
         return {}
-    found, bias = {"weight": full_tensor(weight).flatten(1)}, getattr(head, "bias", None)
+    found, bias = {"weight": full_tensor(weight).flatten(1)}, read_weight(head, "bias")
     if isinstance(bias, Tensor) and bias.shape == (num_classes,):
         found["bias"] = full_tensor(bias)
     return found

@@ -22,8 +22,10 @@ from lightning_feat.joints.data.ways import Forward, Ways, forward_inputs
 from lightning_feat.joints.features.batches import TargetKey, class_indices, inputs_of, targets_of
 from lightning_feat.joints.features.nonfinite import NonfiniteWatch
 from lightning_feat.joints.features.taps import FeatureTap
+from lightning_feat.joints.features.weights import read_weight
 from lightning_feat.joints.module.head_swap import named_or_found
 from lightning_feat.joints.run.twins import refuse_twin
+from lightning_feat.layers.neural_collapse import SimplexETF
 
 
 class MixupGeometryMonitor(Callback):
@@ -236,7 +238,7 @@ class _OnInputs:
 
 
 def _rows(name: str, head: torch.nn.Module) -> Tensor:
-    rows = getattr(head, "prototypes", getattr(head, "weight", None))
+    rows = head.prototypes if isinstance(head, SimplexETF) else read_weight(head)
     if not isinstance(rows, Tensor) or rows.ndim != 2:
         raise ValueError(
             f"the classifier {name} is a {type(head).__name__}, without one vector for each class: mixed features have "

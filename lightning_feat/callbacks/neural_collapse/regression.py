@@ -15,6 +15,7 @@ from lightning_feat.joints.features.batches import TargetKey, targets_of
 from lightning_feat.joints.features.heads import find_classifier
 from lightning_feat.joints.features.nonfinite import NonfiniteWatch
 from lightning_feat.joints.features.taps import FeatureTap, find_layer
+from lightning_feat.joints.features.weights import read_weight
 from lightning_feat.joints.run.twins import refuse_twin
 
 
@@ -110,7 +111,7 @@ class RegressionCollapseMonitor(Callback):
         features, targets = samples.features, samples.targets
         lost = int((~features.isfinite().all(1)).sum())
         self.nonfinite.check(trainer, self.tap.label, lost, len(features))
-        weight = full_tensor(self._head(pl_module).weight)
+        weight = full_tensor(read_weight(self._head(pl_module)))
         values = {"nrc1": nrc1(features, targets.shape[1], self.centered), "nrc2": nrc2(features, weight)}
         if targets.shape[1] > 1:
             covariance = target_covariance(targets)

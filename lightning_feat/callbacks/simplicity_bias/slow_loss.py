@@ -12,6 +12,8 @@ from lightning_feat.joints.features.batches import TargetKey, class_indices, tar
 from lightning_feat.joints.features.taps import FeatureTap
 from lightning_feat.joints.loss.terms import LossTerm, WeightSchedule
 
+_NOTHING = (None, -1, torch.zeros(0))
+
 
 class SlowLossTerm(LossTerm):
     """Counts the loss of slow examples ``factor`` times: the mean over a batch of what they have beyond one.
@@ -29,13 +31,13 @@ class SlowLossTerm(LossTerm):
         super().__init__("upsampling", 0.0, [FeatureTap(layer, "output", keep_graph=True)])
         self.factor, self.criterion, self.target_key = factor, criterion, target_key
         self.slow: Tensor | None = None
-        self._dealt: tuple[int, Tensor] = (-1, torch.zeros(0))  # an epoch, and what this process sees in it
+        self._dealt: tuple[Any, int, Tensor] = _NOTHING  # a sampler, an epoch, and what this process sees in it
 
     def use(self, selection: Selection | None) -> None:
         """Count these from now on; None for none."""
         self.slow = None if selection is None else selection.slow
         self.weight = WeightSchedule(0.0 if selection is None else float(self.factor - 1))
-        self._dealt = (-1, torch.zeros(0))
+        self._dealt = _NOTHING
 
     def value(self, module: LightningModule, batch: Any) -> Tensor:
         logits = self.taps[0].take().float()
@@ -49,10 +51,10 @@ class SlowLossTerm(LossTerm):
         sampler = loader.sampler
         if not isinstance(sampler, PlanSampler) or self.slow is None or not loader.batch_size:
             raise RuntimeError("the training loader has lost its plan: was it made anew by another callback?")
-        if self._dealt[0] != sampler.epoch:
-            self._dealt = (sampler.epoch, sampler.share())
+        if self._dealt[:2] != (sampler, sampler.epoch):
+            self._dealt = (sampler, sampler.epoch, sampler.share())
         first = trainer.fit_loop.batch_idx * loader.batch_size
-        index = self._dealt[1][first : first + loader.batch_size]
+        index = self._dealt[2][first : first + loader.batch_size]
         if rows % max(len(index), 1):
             raise RuntimeError(f"a batch of {len(index)} examples has {rows} logits: use show='copies'.")
         return self.slow[index].float().repeat(rows // max(len(index), 1))

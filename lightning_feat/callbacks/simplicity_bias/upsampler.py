@@ -30,6 +30,7 @@ from lightning_feat.joints.data.restart import (
     run_fit_by,
     states_of_callbacks,
 )
+from lightning_feat.joints.data.samplers import processes_share
 from lightning_feat.joints.data.train_loader import one_train_loader
 from lightning_feat.joints.data.ways import Forward
 from lightning_feat.joints.features.batches import TargetKey, class_indices, targets_of
@@ -155,13 +156,14 @@ class SimplicityBiasUpsampler(DataPlan):
         if self.term is not None:
             self.term.use(self.selection if self._stage == "using" else None)
             add_loss_term(pl_module, self.term)
-        run_fit_by(trainer, self._fit(trainer, pl_module))
+        run_fit_by(trainer, self, self._fit(trainer, pl_module))
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn != TrainerFn.FITTING:
             return
         super().on_load_checkpoint(trainer, pl_module, checkpoint)
-        self._first_states = states_of_callbacks(trainer)  # those of the checkpoint come after this
+        if self._first_states is None:  # those of the checkpoint come after this
+            self._first_states = states_of_callbacks(trainer)
         if self.restart and self._stage == "searching" and self.state_key not in checkpoint.get("callbacks", {}):
             raise ValueError(
                 f"the checkpoint was written without {self.state_key}, which cannot tell the weights it began with: "
@@ -194,8 +196,14 @@ class SimplicityBiasUpsampler(DataPlan):
             self._beginning.callbacks.pop(self.state_key, None)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._resume = None
         loader = one_train_loader(trainer, self.loader)
+        if not processes_share(trainer, loader):
+            raise ValueError(
+                f"{self.state_key}: with use_distributed_sampler=False each process has data of its own, of which no "
+                "common selection can be made: leave it True, and give all processes the same data set."
+            )
+        if self._beginning is not None and trainer.global_step == 0:
+            self._beginning.see_optimizers(trainer)  # a search for a learning rate may have set it since
         size = len(loader.dataset)
         if self.selection is not None:
             if len(self.selection.slow) != size:
@@ -215,6 +223,7 @@ class SimplicityBiasUpsampler(DataPlan):
         self.knee.begin_epoch(pl_module.device)  # an epoch resumed in its middle does not start
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_epoch_start(trainer, pl_module)
         self.knee.begin_epoch(pl_module.device)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -252,12 +261,12 @@ class SimplicityBiasUpsampler(DataPlan):
         self._leave(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        first = self._beginning.weights if self._beginning is not None and self._stage != "using" else None
+        first = self._first_weights if self._beginning is None else self._beginning.weights
         return {
             "stage": self._stage,
             "losses": list(self.knee.losses),
             "selection": None if self.selection is None else self.selection.state_dict(),
-            "first_weights": first,
+            "first_weights": None if self._stage == "using" else first,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -1,9 +1,9 @@
 """What a data set is reduced to before anything is measured on its classes: sums that add over batches and ranks.
 
 One pass gives counts, sums and squared norms per class and, where wanted, the second moment of all features. What
-needs the class means first (nearest mean, residuals) takes a second pass, against the centers of the first.
+needs the class means first (nearest mean, residuals) takes a second pass, see ``second_pass``.
 
-Shapes: N samples, D features, C classes, S classes with samples, R directions spanned by the class means, R < S.
+Shapes: N samples, D features, C classes, S classes with samples.
 """
 
 from typing import Literal, NamedTuple
@@ -23,26 +23,6 @@ class ClassSums(NamedTuple):
     counts: Tensor  # (C,) samples in each class
     sums: Tensor  # (C, D) sum of the features of each class
     squares: Tensor  # (C,) sum of the squared norms of the features of each class
-
-
-class ClassCenters(NamedTuple):
-    """The class means of a finished first pass, and the directions they span; made once, used for every batch."""
-
-    origin: Tensor  # (D,) global mean
-    offsets: Tensor  # (C, D) class means minus origin; zero for a class without samples
-    seen: Tensor  # (C,) bool, the classes with samples
-    projection: Tensor  # (R, D) pseudo-inverse of the offsets, up to a rotation on its left
-
-
-class CenterSums(NamedTuple):
-    """Sums of a second pass, against fixed centers. They add like :class:`ClassSums`."""
-
-    samples: Tensor  # () samples
-    mismatches: Tensor  # () samples whose classifier and nearest class mean disagree; nan where no logits were given
-    hits: Tensor  # () samples whose nearest class mean is that of their own class
-    projected: (
-        Tensor  # (C,) sum over the samples of a class of the squared norm of projection @ (features - class mean)
-    )
 
 
 def accumulation_device(device: torch.device) -> torch.device:
@@ -170,10 +150,21 @@ def class_means(totals: ClassSums) -> Tensor:
     return totals.sums / totals.counts[:, None]
 
 
-def class_variances(totals: ClassSums) -> Tensor:
-    """Mean squared distance of each class to its mean (over n, not n - 1), ``(C,)``; nan without samples."""
+def class_variances(totals: ClassSums, residual_squares: Tensor | None = None) -> Tensor:
+    """Mean squared distance of each class to its mean (over n, not n - 1), ``(C,)``; nan without samples.
+
+    From the sums alone it is a difference of two mean squares, right to some 1e-15 of these; the ``residual_squares``
+    ``(C,)`` of a second pass have no such floor.
+    """
+    if residual_squares is not None:
+        return residual_squares / totals.counts
     variance_C = totals.squares / totals.counts - class_means(totals).square().sum(1)
     return variance_C.clamp(min=0)  # rounding can dip below zero
+
+
+def has_spread(totals: ClassSums) -> Tensor:
+    """Whether samples outnumber their classes: else each is its class's mean, and no spread within classes is known."""
+    return totals.counts.sum() > (totals.counts > 0).sum()
 
 
 def feature_mean(totals: ClassSums, global_mean: GlobalMean = "classes") -> Tensor:
@@ -194,81 +185,6 @@ def feature_mean(totals: ClassSums, global_mean: GlobalMean = "classes") -> Tens
 def centered_class_means(totals: ClassSums, global_mean: GlobalMean = "classes") -> Tensor:
     """Class means minus the global mean, ``(S, D)``, for the classes with samples, in their order."""
     return class_means(totals)[totals.counts > 0] - feature_mean(totals, global_mean)
-
-
-def between_class_directions(totals: ClassSums, global_mean: GlobalMean = "classes") -> tuple[Tensor, Tensor]:
-    """Singular values ``(R,)`` and orthonormal directions ``(R, D)`` of the centred class means, largest first.
-
-    Centred means are linearly dependent, so at most ``S - 1`` directions are kept, whatever rounding puts into the next
-    one; fewer where class means coincide, up to the rounding of the means themselves. R is zero where nothing can be
-    said: fewer than two classes, no features, or means that are not finite. Costs one SVD: about a second at S = 1000,
-    D = 2048.
-    """
-    mean_SD = centered_class_means(totals, global_mean)
-    if len(mean_SD) < 2 or mean_SD.shape[1] == 0 or not mean_SD.isfinite().all():
-        return mean_SD.new_zeros(0), mean_SD.new_zeros(0, mean_SD.shape[1])
-    _, value_R, direction_RD = torch.linalg.svd(mean_SD, full_matrices=False)
-    largest = vector_norm(class_means(totals)[totals.counts > 0], dim=1).max().maximum(value_R[:1].max())
-    rounding = torch.finfo(torch.float64).eps * max(mean_SD.shape) * largest
-    kept = value_R[: len(mean_SD) - 1] > rounding
-    return value_R[: len(kept)][kept], direction_RD[: len(kept)][kept]
-
-
-def class_centers(totals: ClassSums, global_mean: GlobalMean = "classes") -> ClassCenters:
-    """Fix the centers of a second pass from the totals of the first; costs one SVD of the ``(S, D)`` class means."""
-    value_R, direction_RD = between_class_directions(totals, global_mean)
-    origin_D, seen_C = feature_mean(totals, global_mean), totals.counts > 0
-    offset_CD = torch.where(seen_C[:, None], class_means(totals) - origin_D, 0.0)
-    return ClassCenters(origin_D, offset_CD, seen_C, direction_RD / value_R[:, None])
-
-
-def center_sums(
-    features: Tensor, targets: Tensor, logits: Tensor | None, centers: ClassCenters, weights: Tensor | None = None
-) -> CenterSums:
-    """Sum a batch of the second pass, in float64.
-
-    The nearest mean is sought among the classes that had samples in the first pass. Distances are taken around the
-    global mean, where they do not cancel. Costs ``2 N D (C + R)`` operations and ``8 N (C + D + R)`` bytes.
-
-    Args:
-        features: ``(N, D)``.
-        targets: ``(N,)`` class indices or ``(N, C)`` soft targets, as in :func:`class_sums`.
-        logits: ``(N, C)`` what the classifier really put out, bias included; None leaves the mismatches nan.
-        centers: from :func:`class_centers`.
-        weights: ``(N,)`` factor of each sample; None counts every sample once.
-
-    Raises:
-        ValueError: if shapes do not fit.
-    """
-    num_classes = len(centers.seen)
-    soft = check_batch(features, targets, num_classes, weights)
-    if logits is not None and logits.shape != (len(features), num_classes):
-        raise ValueError(f"logits must be ({len(features)}, {num_classes}), got {tuple(logits.shape)}")
-    h_ND = to_float64(features) - centers.origin
-    targets = targets.to(h_ND.device)
-    weight_N = h_ND.new_ones(len(h_ND)) if weights is None else weights.to(h_ND)
-    score_NC = torch.addmm(-0.5 * centers.offsets.square().sum(1), h_ND, centers.offsets.T)
-    nearest_N = score_NC.masked_fill(~centers.seen, -torch.inf).argmax(1)
-    if soft:
-        member_NC = targets.double() * weight_N[:, None]
-        hits = member_NC.gather(1, nearest_N[:, None]).sum()
-        distance_NC = torch.cdist(
-            h_ND @ centers.projection.T,
-            centers.offsets @ centers.projection.T,
-            compute_mode="donot_use_mm_for_euclid_dist",  # exact for the small distances of collapsed classes
-        )
-        projected_C = (member_NC * distance_NC.square()).sum(0)
-    else:
-        index_N = targets.long()
-        hits = (weight_N * (nearest_N == index_N)).sum()
-        residual_N = ((h_ND - centers.offsets[index_N]) @ centers.projection.T).square().sum(1)
-        projected_C = h_ND.new_zeros(num_classes).index_add_(0, index_N, weight_N * residual_N)
-    if len(centers.projection) == 0:  # no two class means apart: nothing is defined, and zero would read as collapse
-        projected_C = torch.full_like(projected_C, torch.nan)
-    mismatches = h_ND.new_full((), torch.nan)
-    if logits is not None:
-        mismatches = (weight_N * (logits.argmax(1).to(nearest_N.device) != nearest_N)).sum()
-    return CenterSums(weight_N.sum(), mismatches, hits, projected_C)
 
 
 def repeated_by_sampler(

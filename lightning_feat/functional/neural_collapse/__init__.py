@@ -1,18 +1,21 @@
 """Neural collapse: measures from sums that add over batches and processes, what trainings converge to, and losses."""
 
 from lightning_feat.functional.common.class_sums import (
-    CenterSums,
-    ClassCenters,
     ClassSums,
     GlobalMean,
-    center_sums,
     centered_class_means,
-    class_centers,
     class_means,
     class_sums,
     feature_mean,
     repeated_by_sampler,
     second_moment,
+)
+from lightning_feat.functional.common.directions import rounding_of
+from lightning_feat.functional.common.second_pass import (
+    CenterSums,
+    ClassCenters,
+    center_sums,
+    class_centers,
 )
 from lightning_feat.functional.neural_collapse.duality import (
     NecoSubspace,
@@ -117,6 +120,7 @@ from lightning_feat.functional.neural_collapse.variability import (
     nc1_quotient,
     nc1_quotient_balanced,
     variability_collapse_index,
+    vci_from_scatter,
     within_class_covariance,
     within_class_scatter,
     within_class_spectrum,
@@ -214,6 +218,7 @@ __all__ = [
     "prototype_cosines",
     "regression_optimum",
     "repeated_by_sampler",
+    "rounding_of",
     "scale_gradient",
     "second_moment",
     "seli_grams",
@@ -224,6 +229,7 @@ __all__ = [
     "target_covariance",
     "two_neighbor_dimension",
     "variability_collapse_index",
+    "vci_from_scatter",
     "within_class_covariance",
     "within_class_pull",
     "within_class_scatter",

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from lightning_feat.functional.common.class_sums import CenterSums, ClassSums, class_means, to_float64
+from lightning_feat.functional.common.class_sums import ClassSums, class_means, to_float64
+from lightning_feat.functional.common.directions import FLOAT32_ROUNDING
+from lightning_feat.functional.common.second_pass import CenterSums
 from lightning_feat.functional.common.shapes import check_shapes
 from lightning_feat.functional.neural_collapse.means import gram_error, simplex_gram
 
@@ -122,8 +124,13 @@ class NecoSubspace(NamedTuple):
     directions: Tensor  # (q, D) orthonormal, largest variance first
 
 
-def neco_subspace(totals: ClassSums, moment: Tensor, subspace_dim: int) -> NecoSubspace:
+def neco_subspace(
+    totals: ClassSums, moment: Tensor, subspace_dim: int, rounding: float = FLOAT32_ROUNDING
+) -> NecoSubspace:
     """Principal directions of the standardised features, from sums alone; nan without samples or where not finite.
+
+    A feature that varies by no more than the relative ``rounding`` of its size (see ``rounding_of``) counts as
+    constant.
 
     Raises:
         ValueError: if ``subspace_dim`` is not between 1 and D.
@@ -135,8 +142,9 @@ def neco_subspace(totals: ClassSums, moment: Tensor, subspace_dim: int) -> NecoS
     mean_D = totals.sums.sum(0) / totals.counts.sum()
     covariance_DD = moment / totals.counts.sum() - torch.outer(mean_D, mean_D)
     variance_D = covariance_DD.diagonal()
-    rounding = 100 * torch.finfo(torch.float64).eps * moment.diagonal() / totals.counts.sum()
-    scale_D = torch.where(variance_D > rounding, variance_D, 1.0).sqrt()
+    # 100 eps: what is left of a difference of two float64 sums
+    off_D = (rounding**2 + 100 * torch.finfo(torch.float64).eps) * moment.diagonal() / totals.counts.sum()
+    scale_D = torch.where(variance_D > off_D, variance_D, 1.0).sqrt()
     if not covariance_DD.isfinite().all():  # eigh would raise
         return NecoSubspace(mean_D, scale_D, covariance_DD.new_full((subspace_dim, width), torch.nan))
     _, vector_DD = torch.linalg.eigh(covariance_DD / torch.outer(scale_D, scale_D))

@@ -7,7 +7,6 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
 
 from lightning_feat.functional.common.class_sums import check_target_range
 from lightning_feat.functional.common.shapes import check_shapes
@@ -91,7 +90,8 @@ def within_class_pull(features: Tensor, targets: Tensor, means: Tensor) -> Tenso
     _check_pairs(features, targets, means)
     index_N = targets.long()
     distance_N = (features - means.index_select(0, index_N)).square().sum(1)
-    count_C = one_hot(index_N, len(means)).sum(0)
+    count_C = torch.zeros(len(means), dtype=distance_N.dtype, device=distance_N.device)
+    count_C = count_C.index_add_(0, index_N, torch.ones_like(distance_N))
     return (distance_N / count_C[index_N]).sum() / len(means)
 
 

@@ -15,6 +15,7 @@ from torch.linalg import matrix_norm, vector_norm
 
 from lightning_feat.functional.common.class_sums import to_float64
 from lightning_feat.functional.common.shapes import check_shapes
+from lightning_feat.functional.neural_collapse.pairs import PairStatistics, pair_statistics
 
 
 def _normalized(vectors: Tensor) -> Tensor:
@@ -28,12 +29,6 @@ def cosine_matrix(vectors: Tensor) -> Tensor:
     """Cosines between all vectors, ``(S, S)``."""
     unit_SD = _normalized(vectors)
     return unit_SD @ unit_SD.T
-
-
-def _pair_cosines(vectors: Tensor) -> Tensor:
-    cosine_SS = cosine_matrix(vectors)
-    row_P, column_P = torch.triu_indices(len(cosine_SS), len(cosine_SS), 1, device=cosine_SS.device)
-    return cosine_SS[row_P, column_P]
 
 
 def gram_error(gram: Tensor, target: Tensor) -> Tensor:
@@ -67,34 +62,32 @@ def nc2_equinorm(vectors: Tensor) -> Tensor:
     return norm_S.std() / norm_S.mean() if len(norm_S) > 1 else norm_S.new_full((), torch.nan)
 
 
+def _over_pairs(vectors: Tensor, kind: str) -> PairStatistics:
+    check_shapes(vectors=(vectors, "SD"))
+    return pair_statistics(to_float64(vectors), [kind])[kind]
+
+
 def nc2_equiangularity(vectors: Tensor) -> Tensor:
     """Mean over pairs of ``|cos + 1 / (S - 1)|``: how far from the widest equal angles. Source: Papyan, Han, Donoho.
 
     Not to be read when ``D < S - 1``: no simplex fits there, see :func:`nc2_log_distance_mean`.
     """
-    return (_pair_cosines(vectors) + 1 / max(len(vectors) - 1, 1)).abs().mean()
+    return _over_pairs(vectors, "off_simplex").mean
 
 
 def nc2_cosine_std(vectors: Tensor) -> Tensor:
     """Standard deviation (over P) of the cosines of pairs: how far from equal angles, however wide they are."""
-    cosine_P = _pair_cosines(vectors)
-    return cosine_P.std(correction=0) if len(cosine_P) else cosine_P.new_full((), torch.nan)
-
-
-def _pair_distances(vectors: Tensor) -> Tensor:
-    unit_SD = _normalized(vectors)
-    return torch.pdist(unit_SD) if len(unit_SD) else unit_SD.sum(1)  # the gradient of pdist ends the process (2.15)
+    return _over_pairs(vectors, "cosine").std
 
 
 def nc2_distance_mean(vectors: Tensor) -> Tensor:
     """Mean over pairs of the distance of the normalised vectors (generalised NC2, for any D). Wu and Papyan, 2024."""
-    return _pair_distances(vectors).mean()
+    return _over_pairs(vectors, "chord").mean
 
 
 def nc2_distance_var(vectors: Tensor) -> Tensor:
     """Variance (over P) over pairs of the distance of the normalised vectors; zero at equal angles."""
-    distance_P = _pair_distances(vectors)
-    return distance_P.var(correction=0) if len(distance_P) else distance_P.new_full((), torch.nan)
+    return _over_pairs(vectors, "chord").variance
 
 
 def nc2_log_distance_mean(vectors: Tensor) -> Tensor:
@@ -102,7 +95,7 @@ def nc2_log_distance_mean(vectors: Tensor) -> Tensor:
 
     Source: Liu et al., "Generalizing and decoupling neural collapse", ICLR 2023.
     """
-    return -_pair_distances(vectors).log().mean()
+    return -_over_pairs(vectors, "log_chord").mean
 
 
 def _squared_chordal_distances(basis: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_feat.functional.common.class_sums import ClassSums, GlobalMean, centered_class_means
+from lightning_feat.functional.common.directions import FLOAT32_ROUNDING
 from lightning_feat.functional.neural_collapse.means import cosine_matrix
 from lightning_feat.functional.neural_collapse.variability import between_class_spectrum, covariance_spectrum
 
@@ -31,11 +32,16 @@ class CollapsePicture(NamedTuple):
 
 
 def collapse_picture(
-    totals: ClassSums, within: Tensor | None = None, global_mean: GlobalMean = "classes", most_classes: int = 100
+    totals: ClassSums,
+    within: Tensor | None = None,
+    global_mean: GlobalMean = "classes",
+    most_classes: int = 100,
+    rounding: float = FLOAT32_ROUNDING,
 ) -> CollapsePicture:
     """Angles of the class means, and the spectra of the scatter between and within classes.
 
-    Costs an SVD of the ``(S, D)`` class means, and with ``within`` the eigenvalues of a ``(D, D)`` matrix.
+    Costs the eigenvectors of a Gram matrix of the class means, and with ``within`` the eigenvalues of a ``(D, D)``
+    matrix.
 
     Args:
         totals: sums of the first pass.
@@ -43,6 +49,7 @@ def collapse_picture(
             ``within_class_scatter``.
         global_mean: what class means are centred by.
         most_classes: of more classes as many as these are shown, evenly spaced.
+        rounding: relative rounding of the features, ``rounding_of`` the dtype they came in.
     """
     seen_S = (totals.counts > 0).nonzero()[:, 0]
     mean_SD = centered_class_means(totals, global_mean)
@@ -54,6 +61,6 @@ def collapse_picture(
         cosines=cosine_matrix(mean_SD[shown_V]),
         num_classes=len(seen_S),
         num_features=totals.sums.shape[1],
-        between=between_class_spectrum(totals, global_mean),
+        between=between_class_spectrum(totals, global_mean, rounding),
         within=None if within is None else covariance_spectrum(within),
     )

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.linalg import matrix_norm, vector_norm
 
 from lightning_feat.functional.common.class_sums import to_float64
+from lightning_feat.functional.common.directions import rounding_of
 from lightning_feat.functional.common.shapes import check_shapes
 
 
@@ -68,8 +69,10 @@ def nrc2(features: Tensor, weight: Tensor) -> Tensor:
     if not w_nD.isfinite().all() or w_nD.numel() == 0:
         return w_nD.new_full((), torch.nan)
     _, value_r, direction_rD = torch.linalg.svd(w_nD, full_matrices=False)
-    rounding = torch.finfo(torch.float64).eps * max(w_nD.shape) * value_r.max()
-    return _outside(to_float64(features), direction_rD[value_r > rounding])
+    # Directions that the head leaves empty hold the rounding of the dtype it is kept in.
+    off = rounding_of(weight.dtype) * (1 + (w_nD.shape[1] / len(w_nD)) ** 0.5)
+    off_r = off * (direction_rD.square() @ w_nD.square().sum(0)).sqrt()
+    return _outside(to_float64(features), direction_rD[value_r > off_r])
 
 
 def _root(covariance: Tensor) -> Tensor:
@@ -175,7 +178,8 @@ def two_neighbor_dimension(features: Tensor) -> Tensor:
 
     Compare that of the features with that of the targets: features of the lower dimension are compressed too far to
     generalise ("Geometric properties of neural multivariate regression", arXiv 2510.01105). Maximum likelihood form of
-    Facco et al., Scientific Reports 2017; duplicates are left out. Takes ``8 N^2`` bytes: a few thousand samples do.
+    Facco et al., Scientific Reports 2017; duplicates, up to the rounding of their dtype, are left out. Takes ``8 N^2``
+    bytes: a few thousand samples do.
 
     Args:
         features: ``(N, D)``, features or targets, at least three samples apart.
@@ -188,5 +192,6 @@ def two_neighbor_dimension(features: Tensor) -> Tensor:
     same_NN = torch.eye(len(h_ND), dtype=torch.bool, device=h_ND.device)
     # Not in place: the gradient of cdist needs its result.
     near_N2 = distance_NN.masked_fill(same_NN, torch.inf).topk(2, largest=False).values
-    near_N2 = near_N2[near_N2[:, 0] > 0]
+    off_N = rounding_of(features.dtype) * vector_norm(h_ND.detach(), dim=1)
+    near_N2 = near_N2[near_N2[:, 0] > off_N]
     return len(near_N2) / (near_N2[:, 1] / near_N2[:, 0]).log().sum()

@@ -22,6 +22,7 @@ from lightning_feat.functional.common.class_sums import (
     empty_class_sums,
     to_float64,
 )
+from lightning_feat.functional.common.directions import FLOAT32_ROUNDING
 from lightning_feat.functional.common.shapes import check_shapes
 
 _BLOCK = 1024  # samples on either side of the cosines held at once: 8 MiB, and as many again for the angles
@@ -56,7 +57,7 @@ def direction_sums(features: Tensor, targets: Tensor, num_classes: int, weights:
     return add_direction_sums_(totals, features, targets, weights)
 
 
-def class_separation_r2(totals: ClassSums) -> Tensor:
+def class_separation_r2(totals: ClassSums, rounding: float = FLOAT32_ROUNDING) -> Tensor:
     r"""Class separation: the share of the variety of directions that lies between the classes.
 
     .. math:: R^2 = 1 - \frac{d_{within}}{d_{total}}, \quad
@@ -70,10 +71,11 @@ def class_separation_r2(totals: ClassSums) -> Tensor:
 
     Args:
         totals: from :func:`direction_sums`, not from ``class_sums``. Classes without samples are left out.
+        rounding: relative rounding of the features, ``functional.common.directions.rounding_of`` their dtype.
 
     Returns:
         Scalar, float64, in [0, 1]: one where each class has one direction of its own, zero where the class means agree.
-        nan without samples, or where all directions are the same.
+        nan without samples, or where all directions are the same up to rounding.
 
     Raises:
         ValueError: if the sums are not those of unit features.
@@ -92,7 +94,7 @@ def class_separation_r2(totals: ClassSums) -> Tensor:
     mean_SD = class_means(totals)[totals.counts > 0]
     within = 1 - mean_SD.square().sum(1).mean()
     total = 1 - mean_SD.mean(0).square().sum()
-    return torch.where(total > 1e-14, 1 - within / total, torch.nan)  # below it is rounding, not a spread
+    return torch.where(total > max(1e-14, rounding**2), 1 - within / total, torch.nan)  # below it is no spread
 
 
 def pair_angle_sums(

@@ -11,17 +11,15 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import (
-    BatchSampler,
     DataLoader,
     DistributedSampler,
     IterableDataset,
-    RandomSampler,
-    SequentialSampler,
     Subset,
     SubsetRandomSampler,
     WeightedRandomSampler,
 )
 
+from lightning_feat.joints.data.samplers import is_plain, processes_share, sampler_of
 from lightning_feat.joints.data.trace import without_trace
 from lightning_feat.joints.data.ways import Forward, Ways, forward_inputs
 from lightning_feat.joints.features.taps import FeatureTap
@@ -31,7 +29,8 @@ def clean_loader(trainer: Trainer, loader: Any, name: str) -> DataLoader[Any]:
     """A loader of this process's share of the same data: in the order of the data set, nothing left out, nothing
     repeated.
 
-    Batch size, collation and workers are those of ``loader``. Process r of W takes the samples r, r + W, r + 2 W, ...
+    Batch size, collation and workers are those of ``loader``. Process r of W takes the samples r, r + W, r + 2 W, ...;
+    or all, where each process has data of its own (``processes_share``).
 
     Args:
         trainer: knows the processes.
@@ -56,27 +55,32 @@ def clean_loader(trainer: Trainer, loader: Any, name: str) -> DataLoader[Any]:
         )
     dataset = _drawn_from(loader, name)
     size = len(dataset) if isinstance(dataset, Sized) else 0
-    if size % trainer.world_size and type(trainer.strategy).__name__ == "ModelParallelStrategy":
+    shared = processes_share(trainer, loader)
+    if (size % trainer.world_size or not shared) and type(trainer.strategy).__name__ == "ModelParallelStrategy":
+        why = f"do not divide by {trainer.world_size} processes" if shared else "are those of one process alone"
         raise ValueError(
-            f"under FSDP2 every process must run equally many batches, but {size} samples of the {name} data do not "
-            f"divide by {trainer.world_size} processes: use the online mode."
+            f"under FSDP2 every process must run equally many batches, but {size} samples of the {name} data {why}: "
+            "use the online mode."
         )
-    share = Subset(dataset, range(trainer.global_rank, size, trainer.world_size)) if trainer.world_size > 1 else dataset
+    split = shared and trainer.world_size > 1
+    share = Subset(dataset, range(trainer.global_rank, size, trainer.world_size)) if split else dataset
     batch_size = None if loader.batch_sampler is None else getattr(loader.batch_sampler, "batch_size", 1)
     return loader_like(loader, share, batch_size)
 
 
 def _drawn_from(loader: DataLoader[Any], name: str) -> Any:
     """The data set of the loader, or the part of it that its sampler draws from."""
-    sampler: Any = loader.sampler
+    sampler: Any = sampler_of(loader)
     sampler = getattr(getattr(sampler, "dataset", None), "_sampler", sampler)  # Lightning wraps those of users
     if isinstance(sampler, SubsetRandomSampler):
         return Subset(loader.dataset, sorted(int(i) for i in sampler.indices))
-    whole = (SequentialSampler, RandomSampler, WeightedRandomSampler, DistributedSampler)
-    if type(loader.batch_sampler) is BatchSampler and not isinstance(sampler, whole):
+    if is_plain(sampler):
+        first = len(sampler.data_source)
+        return loader.dataset if first == len(loader.dataset) else Subset(loader.dataset, range(first))  # type: ignore[arg-type]
+    if loader.batch_sampler is not None and not isinstance(sampler, (WeightedRandomSampler, DistributedSampler)):
         raise ValueError(
             f"a pass over the {name} data cannot tell which examples a {type(sampler).__name__} leaves out: give the "
-            "DataLoader a torch.utils.data.Subset in place of such a sampler."
+            f"{type(loader).__name__} a torch.utils.data.Subset in place of such a sampler."
         )
     return loader.dataset
 

@@ -6,10 +6,11 @@ import torch
 import torch.distributed
 from lightning.pytorch import Trainer
 from torch import Tensor
-from torch.utils.data import DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lightning_feat.functional.common.class_sums import repeated_by_sampler
+from lightning_feat.joints.data.samplers import batch_size_of, sampler_of
 
 _SENT_BYTES = 64 * 2**20
 
@@ -27,11 +28,16 @@ def repeated_rows(trainer: Trainer, batch_idx: int, num_rows: int, device: torch
     None where there is no such sampler, or a row is not a sample.
     """
     loader = trainer.train_dataloader
-    sampler, batch_size = getattr(loader, "sampler", None), getattr(loader, "batch_size", None)
-    if type(sampler) is not DistributedSampler or sampler.drop_last or batch_size is None or num_rows > batch_size:
+    if not isinstance(loader, DataLoader) or (batch_size := batch_size_of(loader)) is None or num_rows > batch_size:
+        return None
+    sampler, first = sampler_of(loader), batch_idx * batch_size
+    if hasattr(sampler, "repeats"):  # of a plan
+        repeated: Tensor = sampler.repeats(first, num_rows)
+        return repeated.to(device)
+    if type(sampler) is not DistributedSampler or sampler.drop_last:
         return None
     size = len(sampler.dataset)  # type: ignore[arg-type]
-    return repeated_by_sampler(batch_idx * batch_size, num_rows, trainer.global_rank, trainer.world_size, size, device)
+    return repeated_by_sampler(first, num_rows, trainer.global_rank, trainer.world_size, size, device)
 
 
 def gather_on_first(trainer: Trainer, rows: Tensor, indices: Tensor) -> tuple[Tensor, Tensor] | None:

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
-from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Checkpoint, StochasticWeightAveraging
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 from torchmetrics import Metric
@@ -53,12 +54,15 @@ class Beginning:
         self.weights = weights_of(module) if weights is None else weights
         self.callbacks = states_of_callbacks(trainer) if callbacks is None else callbacks
         self.flags = {name: p.requires_grad for name, p in module.named_parameters()}
+        self.precision = copy.deepcopy(trainer.precision_plugin.state_dict())
+        self.owners: list[tuple[Any, Any]] = []
+        self.see_optimizers(trainer)
+
+    def see_optimizers(self, trainer: Trainer) -> None:
+        """Take the states of optimizers and schedules down again, before the first step."""
         schedules: list[Any] = [config.scheduler for config in trainer.lr_scheduler_configs]
         # Those of a module that makes its optimizers once and for all.
-        self.owners: list[tuple[Any, Any]] = [
-            (owner, copy.deepcopy(owner.state_dict())) for owner in [*trainer.optimizers, *schedules]
-        ]
-        self.precision = copy.deepcopy(trainer.precision_plugin.state_dict())
+        self.owners = [(owner, copy.deepcopy(owner.state_dict())) for owner in [*trainer.optimizers, *schedules]]
 
 
 def begin_again(trainer: Trainer, module: LightningModule, beginning: Beginning, seed: int) -> None:
@@ -89,13 +93,19 @@ def begin_again(trainer: Trainer, module: LightningModule, beginning: Beginning,
     make_train_loader_anew(trainer)
     trainer.fit_loop._last_train_dl_reload_epoch = float("-inf")
     seed_everything(seed, verbose=False)
+    before = [_step_hooks(optimizer) for optimizer in trainer.optimizers]
     trainer.strategy.setup_optimizers(trainer)
     _optimizers_to_device(trainer.optimizers, trainer.strategy.root_device)
+    _warn_of_lost_hooks(before, [_step_hooks(optimizer) for optimizer in trainer.optimizers])
 
 
-def run_fit_by(trainer: Trainer, run: Callable[[Callable[[], None]], None]) -> None:
-    """Let ``run(loop)`` stand for the fit loop of the trainer, where ``loop()`` runs it once from where it is."""
-    trainer.fit_loop.run = _Run(trainer, run)  # type: ignore[method-assign]
+def run_fit_by(trainer: Trainer, owner: Callback, run: Callable[[Callable[[], None]], None]) -> None:
+    """Let ``run(loop)`` stand for the fit loop of the trainer, where ``loop()`` runs it once from where it is.
+
+    A search for a learning rate or a batch size, which runs the loop without the ``owner`` and all other callbacks,
+    gets the loop itself.
+    """
+    trainer.fit_loop.run = _Run(trainer, owner, run)  # type: ignore[method-assign]
 
 
 def run_fit_as_before(trainer: Trainer) -> None:
@@ -104,12 +114,16 @@ def run_fit_as_before(trainer: Trainer) -> None:
 
 
 class _Run:
-    def __init__(self, trainer: Trainer, run: Callable[[Callable[[], None]], None]) -> None:
-        self.trainer, self.run = trainer, run
+    def __init__(self, trainer: Trainer, owner: Callback, run: Callable[[Callable[[], None]], None]) -> None:
+        self.trainer, self.owner, self.run = trainer, owner, run
 
     def __call__(self) -> None:
         loop = self.trainer.fit_loop
-        self.run(lambda: type(loop).run(loop))
+        callbacks: Any = self.trainer.callbacks  # type: ignore[attr-defined]
+        if self.owner in callbacks:
+            self.run(lambda: type(loop).run(loop))
+        else:
+            type(loop).run(loop)
 
 
 def refuse_averaging_within(trainer: Trainer, epochs: int, owner: str) -> None:
@@ -124,6 +138,35 @@ def refuse_averaging_within(trainer: Trainer, epochs: int, owner: str) -> None:
                     f"StochasticWeightAveraging begins in epoch {first}, before {owner} starts again after {epochs} "
                     "epochs, and cannot be set back: begin it later, or set restart=False."
                 )
+
+
+def _step_hooks(optimizer: Any) -> list[Any]:
+    """What was registered to run before and after the steps of an optimizer."""
+    kinds = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+    return [hook for kind in kinds for hook in getattr(optimizer, kind, {}).values()]
+
+
+def _warn_of_lost_hooks(before: list[list[Any]], after: list[list[Any]]) -> None:
+    """``configure_optimizers`` registers its hooks again; those that ``on_fit_start`` added are gone with the old
+    optimizers.
+    """
+    lost: list[str] = []
+    for index, old in enumerate(before):
+        names = [_name(hook) for hook in (after[index] if index < len(after) else [])]
+        for name in map(_name, old):
+            if name in names:
+                names.remove(name)
+            else:
+                lost.append(name)
+    if lost:
+        rank_zero_warn(
+            f"the optimizers are made anew for the second start, without step hooks that were registered outside of "
+            f"configure_optimizers: {', '.join(lost)}. Register them there, or in on_train_start, which comes again."
+        )
+
+
+def _name(hook: Any) -> str:
+    return str(getattr(hook, "__qualname__", type(hook).__qualname__))
 
 
 @torch.no_grad()

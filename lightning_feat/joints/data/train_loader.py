@@ -11,10 +11,9 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.connectors.data_connector import _DataLoaderSource
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
-from lightning.pytorch.utilities.data import _update_dataloader
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, Sampler, SequentialSampler
+from torch.utils.data import DataLoader
 
-Change = Callable[[DataLoader[Any]], DataLoader[Any]]
+Change = Callable[[DataLoader[Any], bool], DataLoader[Any]]
 
 
 class _ChangedSource(_DataLoaderSource):
@@ -33,7 +32,8 @@ def change_train_loader(trainer: Trainer, key: str, name: str | int | None, chan
         trainer: of the run, in ``setup`` or later.
         key: for ``restore_train_loader``; the same key replaces the earlier change.
         name: which loader of a dict (its key) or list (its position); None where there is but one.
-        change: gets the loader, and gives another.
+        change: gets the loader, and whether the run begins it again in an epoch where another loader is longer; it
+            gives another.
     """
     restore_train_loader(trainer, key)
     trainer.fit_loop._data_source = _ChangedSource(trainer.fit_loop._data_source, key, name, change)
@@ -48,6 +48,16 @@ def restore_train_loader(trainer: Trainer, key: str) -> None:
             setattr(outer, place, source.source)
             return
         outer, place = source, "source"
+
+
+def place_in_data(trainer: Trainer) -> tuple[int, int]:
+    """The epoch whose training batches come next, and how many of it have been: of a run that is resumed, too, as soon
+    as Lightning has restored its loops.
+    """
+    epoch: Any = trainer.fit_loop.epoch_progress.current
+    # Not the completed batches, which lag by one while the hooks of a batch run.
+    done: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    return epoch.processed, done.processed if epoch.started > epoch.processed else 0
 
 
 def make_train_loader_anew(trainer: Trainer) -> None:
@@ -88,45 +98,24 @@ def one_train_loader(trainer: Trainer, name: str | int | None) -> Any:
     return loaders
 
 
-def with_sampler(loader: DataLoader[Any], sampler: Sampler[Any]) -> DataLoader[Any]:
-    """The same loader, of the same class and with the same options, that draws by ``sampler``.
-
-    Raises:
-        ValueError: if it has no map-style data set, or a sampler of its own that would be lost.
-    """
-    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
-        what = type(loader).__name__ if not isinstance(loader, DataLoader) else "a DataLoader over an IterableDataset"
-        raise ValueError(
-            f"a sampler needs a DataLoader over a map-style data set, got {what}: its examples have no index. Weigh "
-            "their losses, or hand over a map-style data set."
-        )
-    if loader.batch_sampler is None or type(loader.batch_sampler) is not BatchSampler:
-        raise ValueError(
-            f"the loader has a {type(loader.batch_sampler).__name__} in the place of a batch size, which would be "
-            "lost: give the DataLoader batch_size and shuffle."
-        )
-    plain = type(loader.sampler) in (RandomSampler, SequentialSampler, type(sampler))
-    if not plain or getattr(loader.sampler, "replacement", False):
-        raise ValueError(
-            f"the loader draws by a {type(loader.sampler).__name__} of its own, which would be lost: give the "
-            "DataLoader shuffle=True in its place."
-        )
-    changed: DataLoader[Any] = _update_dataloader(loader, sampler)
-    return changed
-
-
 def _changed(loaders: Any, name: str | int | None, change: Change) -> Any:
     if isinstance(loaders, CombinedLoader):
-        inner = _changed(loaders.iterables, name, change)
-        return CombinedLoader(inner, loaders._mode)
+        cycles = loaders._mode == "max_size_cycle"
+        return CombinedLoader(_changed_one(loaders.iterables, name, change, cycles), loaders._mode)
+    return _changed_one(loaders, name, change, cycles=True)  # as Lightning will combine them
+
+
+def _changed_one(loaders: Any, name: str | int | None, change: Change, cycles: bool) -> Any:
     if isinstance(loaders, dict):
-        return {**loaders, (key := _one_of(loaders, name)): change(loaders[key])}
+        return {**loaders, (key := _one_of(loaders, name)): change(loaders[key], cycles and len(loaders) > 1)}
     if isinstance(loaders, (list, tuple)):
         place = _one_of(dict(enumerate(loaders)), name)
-        return [change(loader) if i == place else loader for i, loader in enumerate(loaders)]
+        return [
+            change(loader, cycles and len(loaders) > 1) if i == place else loader for i, loader in enumerate(loaders)
+        ]
     if name is not None:
         raise ValueError(f"loader={name!r}: there is one training loader, without a name. Leave the argument out.")
-    return change(loaders)
+    return change(loaders, False)
 
 
 def _one_of(loaders: dict[Any, Any], name: str | int | None) -> Any:

@@ -29,6 +29,7 @@ class _Engine:
 
     def __init__(self) -> None:
         self.terms: dict[str, LossTerm] = {}
+        self.checked: set[str] = set()  # terms whose schedule has met data without length
         self.waiting: dict[str, float] = {}  # weights of the terms that this step has still to add
         self.batch: Any = None
         self.backwards = 0  # calls of manual_backward in this step
@@ -110,8 +111,16 @@ class _Engine:
             now: tuple[int, int, float] = (0, 0, math.inf)
         else:
             now = (trainer.current_epoch, trainer.fit_loop.batch_idx, trainer.num_training_batches)
+            if math.isinf(trainer.num_training_batches):
+                self._check_stream(trainer.max_epochs)
         weights = {key: term.weight.at(*now) for key, term in self.terms.items()}
         return {key: weight for key, weight in weights.items() if weight != 0.0}
+
+    def _check_stream(self, max_epochs: int | None) -> None:
+        for key, term in self.terms.items():
+            if key not in self.checked:
+                self.checked.add(key)
+                term.weight.check_stream(max_epochs, key)
 
     def _refuse_bare_backward(self, module: LightningModule) -> None:
         if self.waiting and not self.ever_joined:  # later a step may leave out its backward on purpose

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_feat.joints.features.batches import TargetKey, class_indices, targets_of
@@ -21,6 +22,10 @@ from lightning_feat.joints.features.taps import FeatureTap
 class WeightSchedule:
     """A weight that depends on the time: zero before ``start_epoch``, from ``end_epoch`` on, and between every n-th
     batch.
+
+    Epochs of a stream without length are counted when they end: its weight rises from epoch to epoch, which is said. A
+    run in steps (``max_epochs=-1``) on such a stream may never end one, and is refused. ``limit_train_batches`` says
+    how long an epoch is.
 
     Args:
         peak: the weight after warm-up.
@@ -54,6 +59,30 @@ class WeightSchedule:
             return self.peak
         share_of_epoch = (batch_idx + 1) / num_batches if math.isfinite(num_batches) else 0.0
         return self.peak * min(1.0, (epoch - self.start_epoch + share_of_epoch) / self.warmup_epochs)
+
+    def check_stream(self, max_epochs: int | None, owner: str) -> None:
+        """Say what becomes of this schedule on training data without length: nothing where it counts no epochs.
+
+        Args:
+            max_epochs: of the run; -1 or None where it has no such limit.
+            owner: whose weight it is, for the message.
+
+        Raises:
+            ValueError: if the run need not come to a second epoch.
+        """
+        times = {"warmup_epochs": self.warmup_epochs, "start_epoch": self.start_epoch, "end_epoch": self.end_epoch}
+        counted = ", ".join(f"{name}={value}" for name, value in times.items() if value)
+        if not counted:
+            return
+        what = f"the weight of {owner} goes by epochs ({counted}), but the training data do not say how long one is"
+        if max_epochs is None or max_epochs < 0:
+            raise ValueError(
+                f"{what}, and a stream that does not end has only one: say it by Trainer(limit_train_batches=...), or "
+                "set max_epochs if the stream ends."
+            )
+        rank_zero_warn(
+            f"{what}: it stays within an epoch what it is at its beginning. Trainer(limit_train_batches=...) says it."
+        )
 
 
 Weight: TypeAlias = float | WeightSchedule

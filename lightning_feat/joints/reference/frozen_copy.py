@@ -1,12 +1,12 @@
 """A frozen copy of a network or a part of it, as it was at the start, and the taps on it."""
 
-import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_feat.joints.features.taps import find_layer
+from lightning_feat.joints.reference.copying import independent_copy
 from lightning_feat.joints.reference.hearing import AskedTap
 
 
@@ -34,7 +34,7 @@ class FrozenCopy:
                     f"{trunk or 'the whole module'!r}: resume with the layers that the run began with, or set trunk."
                 )
             original = find_layer(module, trunk) if trunk else module
-            net = copy.deepcopy(getattr(original, "_orig_mod", original))
+            net = independent_copy(original, trunk)
             weights = self.weights if path is None else _read_weights(path, trunk, net)
             if weights is not None:
                 net.load_state_dict(weights)

@@ -13,6 +13,7 @@ from lightning_feat.functional.grassmann import (
     chordal_distance,
     geodesic_distance,
     orthonormality_error,
+    pairwise_principal_angles,
     polar_projection,
     principal_angles,
     random_basis,
@@ -261,3 +262,13 @@ def test_tangent_projection_is_the_orthogonal_projection_and_idempotent():
     outside = torch.eye(7, dtype=torch.float64) - basis.mT @ basis
     torch.testing.assert_close(tangent, vector @ outside)
     torch.testing.assert_close(tangent_projection(basis, tangent), tangent)
+
+
+@pytest.mark.parametrize("angle", [0.0, 1e-12, 1e-8, 1e-7, 1e-5, 1e-2, 0.1, 0.3])
+def test_all_pairs_have_the_angles_of_single_pairs_however_small(angle):
+    first, second = turned([angle, 0.3])
+    basis = torch.cat([first, second, bases(3, 2, 20, seed=4)])
+    i, j = torch.triu_indices(5, 5, 1)
+    found = pairwise_principal_angles(basis)
+    torch.testing.assert_close(found, principal_angles(basis[i], basis[j]), rtol=1e-9, atol=1e-14)
+    torch.testing.assert_close(float(found[0, 0]), angle, rtol=1e-3, atol=1e-15)

@@ -1,6 +1,7 @@
 """A term in the loss equals the same term written by hand, whatever stands between the loss and the step."""
 
 import copy
+import itertools
 
 import lightning.pytorch as pl
 import pytest
@@ -9,7 +10,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.tuner import Tuner
 from torch import nn
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_feat.callbacks import FeatureRegularizer
 from lightning_feat.joints.loss.engine import waiting_loss_terms
@@ -171,6 +172,35 @@ class BareBackward(Plain):
         optimizer.zero_grad()
         cross_entropy(self(x), y).backward()
         optimizer.step()
+
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        return itertools.cycle(points(8))
+
+
+@pytest.mark.parametrize("when", [{"warmup_epochs": 0.1}, {"start_epoch": 1}, {"end_epoch": 2}])
+def test_a_schedule_in_epochs_needs_to_know_how_long_one_is(tmp_path, when):
+    def fit(**kwargs):
+        term = FeatureRegularizer(norm, "norm", WeightSchedule(0.1, **when))
+        run = trainer(tmp_path, callbacks=[term], **kwargs)
+        run.fit(Plain(), DataLoader(Endless(), batch_size=4))
+        return run
+
+    said = f"the weight of norm@penultimate goes by epochs .{next(iter(when))}="
+    with pytest.raises(ValueError, match=f"{said}.* has only one: say it by Trainer.limit_train_batches"):
+        fit(max_epochs=-1, max_steps=3)
+    with pytest.warns(UserWarning, match=f"{said}.* it stays within an epoch what it is at its beginning"):
+        fit(max_epochs=2, max_steps=3)
+    run = fit(max_epochs=-1, max_steps=5, limit_train_batches=2)
+    assert run.callback_metrics["norm/loss/penultimate"] > 0
+
+
+def test_a_weight_that_stays_needs_no_epochs(tmp_path):
+    term = FeatureRegularizer(norm, "norm", WeightSchedule(0.1, every_n_batches=2))
+    run = trainer(tmp_path, callbacks=[term], max_epochs=-1, max_steps=3)
+    run.fit(Plain(), DataLoader(Endless(), batch_size=4))
+    assert run.callback_metrics["norm/loss/penultimate"] > 0
 
 
 def test_a_bare_backward_is_refused_and_the_mixin_named(tmp_path):
