@@ -15,15 +15,14 @@ from lightning_feat.functional.neural_collapse.losses import (
 from lightning_feat.joints.features.batches import TargetKey
 from lightning_feat.joints.features.heads import find_classifier
 from lightning_feat.joints.features.taps import FeatureTap, Pooling, Read
-from lightning_feat.joints.loss.engine import add_loss_term, remove_loss_term
+from lightning_feat.joints.loss.regularizer import Regularizer
 from lightning_feat.joints.loss.terms import FeatureLossTerm, LossTerm, Weight, WeightSchedule
-from lightning_feat.joints.module.brings_parameters import BringsParameters
 from lightning_feat.joints.module.wraps import add_link, overrides, remove_link
 from lightning_feat.joints.run.averaging import refuse_averaging_before
 from lightning_feat.joints.run.twins import refuse_twin
 
 
-class NeuralCollapseRegularizer(BringsParameters):
+class NeuralCollapseRegularizer(Regularizer):
     """Draw the features of each class to a mean, and the means towards a simplex; or hold both back.
 
     The means ``(C, D)`` are parameters, trained by the user's optimizer in a group that exists. The *pull* draws
@@ -107,8 +106,8 @@ class NeuralCollapseRegularizer(BringsParameters):
     def state_key(self) -> str:
         return f"NeuralCollapseRegularizer[{self.tap.label}]"
 
-    def brought(self) -> tuple[str, nn.Module] | None:
-        return None if self.pull is None else (self.pull.key, self.pull.means)
+    def terms(self) -> list[LossTerm]:
+        return [term for term in (self.pull, self.push) if term is not None]
 
     @property
     def means(self) -> Tensor:
@@ -128,12 +127,6 @@ class NeuralCollapseRegularizer(BringsParameters):
         else:
             add_link(pl_module, "configure_model", self.state_key, _BringIn(self))
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._let_go(pl_module)
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._let_go(pl_module)  # after an exception Lightning does not call teardown
-
     def bring_in(self, pl_module: LightningModule) -> None:
         """Add both terms to the loss of ``pl_module``; its layers must be there. A second time changes nothing."""
         num_classes = self.num_classes or _asked_of_classifier(pl_module, "out_features", "num_classes")
@@ -144,15 +137,10 @@ class NeuralCollapseRegularizer(BringsParameters):
             where = self.tap, self.target_key, self.ignore_index, self.backward_index
             self.pull = _Pull(means, self.lr_factor, self.pull_weight, *where)
             self.push = _Push(means, self.lr_factor, self.push_weight, self.variant, self.tap, self.backward_index)
-        for term in self._terms():
-            add_loss_term(pl_module, term)
+        self.add_terms(pl_module)
 
-    def _terms(self) -> list[LossTerm]:
-        return [term for term in (self.pull, self.push) if term is not None]
-
-    def _let_go(self, pl_module: LightningModule) -> None:
-        for term in self._terms():
-            remove_loss_term(pl_module, term)
+    def remove_terms(self, pl_module: LightningModule) -> None:
+        super().remove_terms(pl_module)
         remove_link(pl_module, "configure_model", self.state_key)
 
 

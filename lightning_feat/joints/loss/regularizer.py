@@ -7,8 +7,8 @@ from lightning_feat.joints.module.brings_parameters import BringsParameters
 
 
 class Regularizer(BringsParameters):
-    """Add one loss term to any LightningModule while it is fitted. Subclasses build the term; this class brings it in
-    and out.
+    """Add one loss term to any LightningModule while it is fitted, or several that ``terms`` of a subclass lists.
+    Subclasses build the terms; this class brings them in and out.
     """
 
     def __init__(self, term: LossTerm) -> None:
@@ -18,16 +18,31 @@ class Regularizer(BringsParameters):
     def state_key(self) -> str:
         return f"{type(self).__name__}[{self.term.key}]"
 
+    def terms(self) -> list[LossTerm]:
+        """What is added to the loss; nothing where the terms are yet to be made."""
+        return [self.term]
+
     def brought(self) -> tuple[str, nn.Module] | None:
-        return None if self.term.parameters is None else (self.term.key, self.term.parameters)
+        own = [(term.key, term.parameters) for term in self.terms() if term.parameters is not None]
+        return own[0] if own else None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            add_loss_term(pl_module, self.term)
+            self.add_terms(pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        remove_loss_term(pl_module, self.term)
+        self.remove_terms(pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        remove_loss_term(pl_module, self.term)  # after an exception Lightning does not call teardown
+        self.remove_terms(pl_module)  # after an exception Lightning does not call teardown
+
+    def add_terms(self, pl_module: LightningModule) -> None:
+        """Add all terms to the loss of ``pl_module``. A second time changes nothing."""
+        for term in self.terms():
+            add_loss_term(pl_module, term)
+
+    def remove_terms(self, pl_module: LightningModule) -> None:
+        """Undo ``add_terms``."""
+        for term in self.terms():
+            remove_loss_term(pl_module, term)
