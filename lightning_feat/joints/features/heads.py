@@ -150,8 +150,9 @@ def _above(found: Named, every: list[Named], by_timm: bool) -> list[Named]:
         return []
     later = every[names.index(found[0]) + 1 :]
     higher = [(name, head) for name, head in later if name.count(".") < found[0].count(".")]
-    classes = head_sizes(found[1])[1]
-    return [head for head in higher if not by_timm or head_sizes(head[1])[0] == classes]
+    features, classes = head_sizes(found[1])
+    takes = {classes} if by_timm else {classes, features, None}  # else it stands beside the one found, not above it
+    return [head for head in higher if head_sizes(head[1])[0] in takes]
 
 
 def _possible(module: nn.Module) -> list[Named]:
