@@ -28,6 +28,7 @@ def check_trial(run: Run, trial: Trial, watch: Watch) -> list[Finding]:
     checks: list[Callable[[Run, Trial, Watch], list[Finding]]] = [
         _sharding,
         _optimizers,
+        _subspaces,
         _terms,
         _losses,
         _labels,
@@ -36,6 +37,21 @@ def check_trial(run: Run, trial: Trial, watch: Watch) -> list[Finding]:
         _awaited,
     ]
     return [finding for check in checks for finding in check(run, trial, watch)]
+
+
+def _subspaces(run: Run, trial: Trial, watch: Watch) -> list[Finding]:
+    return [
+        Finding(
+            "error",
+            "subspaces-without-follower",
+            name,
+            f"the optimizer moves the class subspaces of {name} off their manifold.",
+            "Neither their logits nor their angles mean what they say.",
+            "Add the GrassmannHead callback, or call lightning_feat.optim.follow_subspaces(optimizer, self) in "
+            "configure_optimizers.",
+        )
+        for name in watch.unfollowed
+    ]
 
 
 def _optimizers(run: Run, trial: Trial, watch: Watch) -> list[Finding]:

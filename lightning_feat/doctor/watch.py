@@ -4,6 +4,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
+from lightning_feat.callbacks.grassmann.head import unfollowed_subspaces
 from lightning_feat.doctor.labels import TargetEar
 from lightning_feat.doctor.terms import Heard, begin_now, listen_to
 from lightning_feat.joints.loss.engine import loss_terms_of
@@ -35,6 +36,7 @@ class Watch(Callback):
         completed: whether the fit came to its end.
         largest_rate: of learning, in any step.
         whole: parameters that are not sharded, where others are.
+        unfollowed: class subspaces that left their manifold, as nobody follows the optimizer.
     """
 
     def __init__(self, batches: int, seen: list[warnings.WarningMessage]) -> None:
@@ -53,6 +55,7 @@ class Watch(Callback):
         self.schedules: list[Any] = []
         self.optimizers: list[Any] = []
         self.whole: list[str] = []
+        self.unfollowed: list[str] = []
         self.completed = False
         self._batches_run = 0
 
@@ -91,6 +94,7 @@ class Watch(Callback):
         if isinstance(loss, Tensor):
             self.losses.append(float(loss.detach().float().mean()))
         self.optimizers = list(trainer.optimizers)
+        self.unfollowed = unfollowed_subspaces(pl_module, self.optimizers)
         self._batches_run += 1
         if self._batches_run >= self.batches:
             trainer.should_stop = True

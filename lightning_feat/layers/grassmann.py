@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from lightning_feat.functional.grassmann import orthonormality_error, polar_projection, random_basis, subspace_logits
 
+LOST = 1e-2  # orthonormality error that no rounding explains
 _TOLERANCE = 1e-4  # float32 steps stay below 1e-5; a basis that was averaged or stored in half precision is above 1e-3
 
 
@@ -67,6 +68,7 @@ class GrassmannLinear(nn.Module):
             raise ValueError(f"scale={scale} must be positive.")
         self.in_features, self.num_classes, self.subspace_dim = in_features, num_classes, subspace_dim
         self.normalize = normalize
+        self._passes, self._next_look = 0, 2  # in training; see _look
         dtype = torch.promote_types(
             torch.get_default_dtype(), torch.float32
         )  # Lightning's bf16-true changes the default
@@ -83,6 +85,11 @@ class GrassmannLinear(nn.Module):
         """The number of classes, under the name that ``nn.Linear`` has for it."""
         return self.num_classes
 
+    @property
+    def learn_scale(self) -> bool:
+        """Whether the scale is a parameter."""
+        return isinstance(self.scale, nn.Parameter)
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw the subspaces anew, uniformly."""
@@ -94,9 +101,23 @@ class GrassmannLinear(nn.Module):
         """Logits ``(..., C)`` of features ``(..., D)``, in float32 at least, under autocast too."""
         if features.shape[-1] != self.in_features:
             raise ValueError(f"the features are {features.shape[-1]} wide, but in_features={self.in_features}.")
+        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._look()
         flat = features.reshape(-1, self.in_features)
         logits = subspace_logits(flat, self.basis, self.scale, normalize=self.normalize)
         return logits.reshape(*features.shape[:-1], self.num_classes)
+
+    @torch.no_grad()
+    def _look(self) -> None:
+        """Now and then in training, ever more rarely: say, once, that nobody keeps the subspaces on their manifold."""
+        self._passes += 1
+        if self._passes != self._next_look or not self.basis.requires_grad or hasattr(self.basis, "placements"):
+            return
+        self._next_look *= 4
+        error = float(orthonormality_error(self.basis.detach()).max())
+        if error > LOST:
+            self._next_look = 0
+            warnings.warn(off_the_manifold(error), stacklevel=3)
 
     @torch.no_grad()
     def project_(self, tolerance: float = _TOLERANCE) -> float:
@@ -146,6 +167,15 @@ class GrassmannLinear(nn.Module):
                 exact = polar_projection(exact)
             state_dict[f"{prefix}basis"] = exact
         super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[no-untyped-call]
+
+
+def off_the_manifold(error: float) -> str:
+    """What to say of class subspaces with this orthonormality error."""
+    return (
+        f"the class subspaces are off their manifold (orthonormality error {error:.2g}): what trains them knows "
+        "nothing of it, and neither logits nor angles mean what they say. Add the GrassmannHead callback, or call "
+        "lightning_feat.optim.follow_subspaces(optimizer, module) in configure_optimizers."
+    )
 
 
 def local_part(parameter: Tensor) -> Tensor:

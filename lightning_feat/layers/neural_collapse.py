@@ -42,6 +42,7 @@ class SimplexETF(nn.Module):
 
     prototypes: Tensor
     scale: Tensor
+    sparsity = 0.0
 
     def __init__(
         self,

@@ -20,6 +20,8 @@ from lightning_feat.callbacks import (
 )
 from lightning_feat.doctor import doctor
 from lightning_feat.joints.loss.terms import WeightSchedule
+from lightning_feat.layers import GrassmannLinear
+from lightning_feat.optim import follow_subspaces
 from tests.helpers import NUM_CLASSES, WIDTH, EMAWeightAveraging, Plain, loader, points, trainer
 from tests.joints.ddp_cases import FSDP2_ON_CPU
 
@@ -453,3 +455,22 @@ def test_a_callback_of_others_may_fail_for_want_of_a_logger(examine):
     findings = examine([Pictures(), NeuralCollapseMonitor(layer="nowhere")], logger=True)
     assert [(f.severity, f.check) for f in findings] == [("error", "layer-not-found"), ("warning", "other-callback")]
     assert "silent loggers" in findings[1].what
+
+
+def test_class_subspaces_that_nobody_follows(examine):
+    class Built(Plain):
+        def __init__(self):
+            super().__init__()
+            self.net.fc = GrassmannLinear(WIDTH, NUM_CLASSES, 2)
+
+    class Followed(Built):
+        def configure_optimizers(self):
+            optimizer = super().configure_optimizers()
+            follow_subspaces(optimizer, self)
+            return optimizer
+
+    found = only(examine([], Built()), "error", "subspaces-without-follower")
+    assert found.where == "net.fc"
+    assert "follow_subspaces" in found.remedy
+    assert not examine([], Followed())
+    assert not examine([GrassmannHead(2)], Built())

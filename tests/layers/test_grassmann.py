@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy, linear
 
 from lightning_feat.functional.grassmann import orthonormality_error
 from lightning_feat.layers import GrassmannLinear
+from lightning_feat.optim import follow_subspaces
 
 GOLDEN = [Path(__file__).parents[1] / "data" / f"grassmann_rsgd{end}.npz" for end in ("", "_lines")]
 
@@ -174,3 +175,32 @@ def test_onnx_gives_the_same_logits(tmp_path):
     model = onnx.load(tmp_path / "head.onnx")
     (logits,) = ReferenceEvaluator(model).run(None, {model.graph.input[0].name: features.numpy()})
     torch.testing.assert_close(torch.tensor(logits), module(features).detach())
+
+
+def drift(layer, steps=40, **follow):
+    """Train the layer by an ordinary optimizer, followed or not; how often it spoke up."""
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+    if follow:
+        follow_subspaces(optimizer, layer)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for step in range(steps):
+            torch.manual_seed(step)
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(layer(torch.randn(16, 12)), torch.arange(16) % 3).backward()
+            optimizer.step()
+    return [str(w.message) for w in said if "off their manifold" in str(w.message)]
+
+
+def test_a_layer_that_nobody_follows_says_so_once():
+    (said,) = drift(GrassmannLinear(12, 3, 2))
+    assert "follow_subspaces(optimizer, module)" in said
+    assert not drift(GrassmannLinear(12, 3, 2), followed=True)
+    assert not drift(torch.nn.Sequential(GrassmannLinear(12, 3, 2).requires_grad_(False), torch.nn.Linear(3, 3)))
+
+
+def test_looking_after_the_manifold_does_not_break_a_graph():
+    layer = GrassmannLinear(12, 3, 2)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    for _ in range(3):
+        compiled(torch.randn(4, 12)).sum().backward()

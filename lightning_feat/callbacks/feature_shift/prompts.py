@@ -4,6 +4,7 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from lightning_feat.joints.clip.towers import ClipTowers, find_clip_towers
@@ -149,6 +150,22 @@ class PromptLearner(BringsParameters):
         for kind, block in self._blocks():
             pl_module.log(f"prompts/ratio/{kind}", block.ratio.float(), sync_dist=True)
 
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        checkpoint[self.state_key] = self._options()
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        now = self._options()
+        for name, then in checkpoint.get(self.state_key, {}).items():
+            # A test meets the blocks as they were trained; a run that goes on would keep their ratio without a word.
+            counts = trainer.state.fn == TrainerFn.FITTING or not name.endswith("surgery") or None in (then, now[name])
+            if counts and name in now and then != now[name]:
+                raise ValueError(
+                    f"the checkpoint has prompts with {name}={then!r}, and PromptLearner asks for {name}="
+                    f"{now[name]!r}: ask for what was trained, or begin a new run."
+                )
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._take_out(pl_module)
 
@@ -172,6 +189,18 @@ class PromptLearner(BringsParameters):
     def prompt_length(self, kind: Kind) -> int:
         """Number of prompts in a tower, zero where it has none."""
         return self.prompts.length_of(kind) if kind in self.prompts.kinds else 0
+
+    def _options(self) -> dict[str, Any]:
+        """What the shapes of prompts and blocks, and what the buffers in a checkpoint depend on."""
+        text, vision = self.coupling != "vision", self.coupling in ("independent", "vision")
+        return {
+            "coupling": self.coupling,
+            **({"depth": self.depth, "length": self.length} if text else {}),
+            **({"image_depth": self.image_depth or self.depth} if vision else {}),
+            **({"image_length": self.image_length or self.length} if vision else {}),
+            "text_surgery": self.surgery["text"],
+            "image_surgery": self.surgery["image"],
+        }
 
     def _new(self, module: LightningModule, towers: ClipTowers) -> nn.ModuleDict:
         ids = self._template_ids(module) if self.coupling != "vision" else None

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -12,15 +13,22 @@ from torch.optim import Optimizer
 from lightning_feat.functional.grassmann import orthonormality_error
 from lightning_feat.functional.grassmann.angles import pairwise_principal_angles
 from lightning_feat.joints.data.processes import full_tensor
-from lightning_feat.joints.module.head_swap import HeadSwap, named_or_found, take_places
+from lightning_feat.joints.module.head_swap import (
+    HeadSwap,
+    begin_head_anew,
+    named_or_found,
+    note_head,
+    refuse_other_scale,
+    take_places,
+)
 from lightning_feat.joints.module.own_parameters import optimizers_in
 from lightning_feat.joints.module.wraps import add_link, remove_link
 from lightning_feat.joints.run.averaging import refuse_averaging_before, refuse_other_copies
 from lightning_feat.joints.run.twins import refuse_twin
-from lightning_feat.layers.grassmann import GrassmannLinear, local_part
+from lightning_feat.layers.grassmann import LOST, GrassmannLinear, local_part
 from lightning_feat.optim.grassmann.step import SubspaceStep, Update, follow_subspaces, following
 
-_LOST = 1e-2  # orthonormality error that no rounding explains
+_OFF = 1e-4  # one that no Riemannian step leaves
 _WATCHED_BATCHES = 4
 
 
@@ -137,21 +145,26 @@ class GrassmannHead(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         error = self.head(pl_module).project_()
-        if error > _LOST:
+        if error > LOST:
             warnings.warn(
                 f"the averaged class subspaces of {self._label(pl_module)} were off the manifold (orthonormality error "
                 f"{error:.1e}) and have been projected.",
                 stacklevel=2,
             )
 
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        note_head(checkpoint, *self._named_head(pl_module))
+
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        label, head = self._named_head(pl_module)
+        if trainer.state.fn == TrainerFn.FITTING:
+            refuse_other_scale(checkpoint, label, head, "GrassmannHead")
         names = {name.replace("_orig_mod.", "") for name in checkpoint.get("state_dict", ())}
-        if self.fresh_head and names and f"{self._label(pl_module)}.basis" not in names:
-            checkpoint["optimizer_states"] = []  # its parameters are others than ours
-            checkpoint["lr_schedulers"] = []  # a schedule in its middle beside an optimizer at its first rate
+        if self.fresh_head and names and f"{label}.basis" not in names:
+            begin_head_anew(checkpoint, label, head)
             rank_zero_warn(
-                f"{self._label(pl_module)} starts afresh, and so do the optimizer and its schedule: they are not those "
-                "of the checkpoint."
+                f"{label} starts afresh, and so do the optimizer and its schedule: they are not those of the "
+                "checkpoint."
             )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -170,7 +183,7 @@ class GrassmannHead(Callback):
 
     def _swap(self) -> HeadSwap:
         build = functools.partial(_build_head, self.head_options)
-        return HeadSwap(self.layer, GrassmannLinear, build, "GrassmannHead", self.fresh_head)
+        return HeadSwap(self.layer, GrassmannLinear, build, self.head_options, GrassmannHead, self.fresh_head)
 
     def head(self, pl_module: nn.Module) -> GrassmannLinear:
         """The head in ``pl_module``, once it has been put in."""
@@ -188,7 +201,7 @@ class GrassmannHead(Callback):
         return named_or_found(pl_module, self.layer)[0]
 
     def _check(self, pl_module: LightningModule, error: Tensor) -> None:
-        if error > _LOST:
+        if error > LOST:
             names = ", ".join(type(optimizer).__name__ for optimizer in self.steps) or "no optimizer"
             raise RuntimeError(
                 f"the class subspaces of {self._label(pl_module)} left the manifold (orthonormality error "
@@ -241,6 +254,17 @@ class _FollowOptimizers:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (_FollowOptimizers, ())
+
+
+def unfollowed_subspaces(module: nn.Module, optimizers: list[Optimizer]) -> list[str]:
+    """The names of class subspaces in ``module`` that have left their manifold, as nobody follows their optimizer."""
+    heads = [(name, part) for name, part in module.named_modules() if isinstance(part, GrassmannLinear)]
+    alone = [
+        (name, head)
+        for name, head in heads
+        if head.basis.requires_grad and not any(following(optimizer, head) for optimizer in optimizers)
+    ]
+    return [name for name, head in alone if _error(head) > _OFF]
 
 
 def _error(head: GrassmannLinear) -> Tensor:

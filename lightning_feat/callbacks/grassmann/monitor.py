@@ -3,7 +3,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch import Tensor
 
 from lightning_feat.callbacks.grassmann.exact_pass import SeparationReading
@@ -24,7 +24,7 @@ from lightning_feat.joints.features.silence import SilenceWatch
 from lightning_feat.joints.features.taps import FeatureTap, Pooling, TapError, find_layer
 from lightning_feat.joints.run.spared import run_spared
 from lightning_feat.joints.run.twins import callbacks_of, refuse_twin
-from lightning_feat.layers.grassmann import GrassmannLinear
+from lightning_feat.layers.grassmann import LOST, GrassmannLinear, off_the_manifold
 from lightning_feat.metrics.grassmann import subspace_angles, subspace_distances
 from lightning_feat.metrics.transfer import ClassSeparation, WithinClassVariability
 
@@ -211,6 +211,12 @@ class GrassmannMonitor(Callback):
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> None:
         basis = full_tensor(self._find(pl_module)[1].basis)
+        error = orthonormality_error(basis).max()
+        if error > LOST:
+            if "manifold" not in self._failed:
+                self._failed.add("manifold")
+                rank_zero_warn(f"{self._label}: {off_the_manifold(float(error))} Their angles are nan.")
+            basis = torch.full_like(basis, torch.nan)
         if self.start is not None:
             distances = subspace_distances(basis, self.start)
             self._log(pl_module, "distance_from_start_mean", distances.mean())
@@ -219,7 +225,7 @@ class GrassmannMonitor(Callback):
         if len(angles):
             self._log(pl_module, "angle_mean", angles.mean())
         if not self._head_reports:
-            self._log(pl_module, "orthonormality_error", orthonormality_error(basis).max())
+            self._log(pl_module, "orthonormality_error", error)
             if len(angles):
                 # Of all pairs, as GrassmannHead logs it, and not of a sample.
                 self._log(pl_module, "smallest_angle", pairwise_principal_angles(basis).min().rad2deg())

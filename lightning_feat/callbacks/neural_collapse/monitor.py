@@ -10,6 +10,7 @@ from lightning_feat.callbacks.neural_collapse.exact_pass import CollapseReading
 from lightning_feat.callbacks.neural_collapse.report import CollapseReport
 from lightning_feat.callbacks.neural_collapse.thresholds import CollapseThreshold, ThresholdWatch
 from lightning_feat.functional.common.class_sums import GlobalMean
+from lightning_feat.functional.grassmann import orthonormality_error
 from lightning_feat.joints.data.epoch_ends import EpochEnds, back_in_last_epoch
 from lightning_feat.joints.data.passes import clean_loader, try_first_batch
 from lightning_feat.joints.data.processes import repeated_rows
@@ -21,6 +22,7 @@ from lightning_feat.joints.features.nonfinite import NonfiniteWatch
 from lightning_feat.joints.features.silence import SilenceWatch
 from lightning_feat.joints.features.taps import Pooling, Read, TapError
 from lightning_feat.joints.run.twins import callbacks_of, refuse_twin
+from lightning_feat.layers.grassmann import LOST, off_the_manifold
 from lightning_feat.metrics.neural_collapse import NeuralCollapse
 
 DEFAULT_MEASURES = (
@@ -274,7 +276,10 @@ class NeuralCollapseMonitor(Callback):
         if self.taps.feeds.get(label, False) and self.taps.head is not None:
             name, head = self.taps.head
             classifier = classifier_tensors(head, metric.num_classes, metric.num_features)
-            if not classifier:
+            if "basis" in classifier and (error := float(orthonormality_error(classifier["basis"]).max())) > LOST:
+                self._warn_once(f"{name}: {off_the_manifold(error)} What compares features with them is left out.")
+                classifier = {}
+            elif not classifier:
                 self._warn_once(
                     f"the classifier {name}, a {type(head).__name__}, has no weight ({metric.num_classes}, "
                     f"{metric.num_features}): what needs one (NC0, NC3, the geometry of its rows) is left out."
@@ -295,8 +300,8 @@ class NeuralCollapseMonitor(Callback):
         self.report.add(trainer, label, data, numbers, picture)
 
     def _warn_once(self, sentence: str) -> None:
-        if sentence not in self._warned:
-            self._warned.add(sentence)
+        if (subject := sentence.partition(":")[0]) not in self._warned:
+            self._warned.add(subject)
             rank_zero_warn(f"neural collapse: {sentence}")
 
     def _repeated(self, trainer: Trainer, num_samples: int, batch: Any, batch_idx: int) -> Tensor | None:

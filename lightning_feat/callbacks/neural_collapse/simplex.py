@@ -4,6 +4,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -14,7 +15,14 @@ from lightning_feat.joints.features.batches import TargetKey, class_indices, tar
 from lightning_feat.joints.features.taps import FeatureTap
 from lightning_feat.joints.loss.regularizer import Regularizer
 from lightning_feat.joints.loss.terms import LossTerm, Weight
-from lightning_feat.joints.module.head_swap import HeadSwap, named_or_found, take_places
+from lightning_feat.joints.module.head_swap import (
+    HeadSwap,
+    begin_head_anew,
+    named_or_found,
+    note_head,
+    refuse_other_scale,
+    take_places,
+)
 from lightning_feat.joints.module.own_parameters import optimizers_in
 from lightning_feat.joints.module.wraps import add_link, remove_link
 from lightning_feat.joints.run.averaging import refuse_averaging_before, refuse_other_copies
@@ -78,12 +86,16 @@ class SimplexETFHead(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         refuse_other_copies(trainer, pl_module, named_or_found(pl_module, self.layer)[0], "SimplexETFHead")
 
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        note_head(checkpoint, *named_or_found(pl_module, self.layer))
+
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        label = named_or_found(pl_module, self.layer)[0]
+        label, head = named_or_found(pl_module, self.layer)
+        if trainer.state.fn == TrainerFn.FITTING:
+            refuse_other_scale(checkpoint, label, head, "SimplexETFHead")
         names = {name.replace("_orig_mod.", "") for name in checkpoint.get("state_dict", ())}
         if self.fresh_head and names and f"{label}.prototypes" not in names:
-            checkpoint["optimizer_states"] = []  # it knows parameters that are gone
-            checkpoint["lr_schedulers"] = []  # a schedule in its middle beside an optimizer at its first rate
+            begin_head_anew(checkpoint, label, head)
             rank_zero_warn(f"{label} is fixed now, and the optimizer and its schedule start afresh.")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -100,7 +112,8 @@ class SimplexETFHead(Callback):
 
     def _swap(self) -> HeadSwap:
         build = functools.partial(_build_head, self.head_options)
-        return HeadSwap(self.layer, SimplexETF, build, "SimplexETFHead", self.fresh_head)
+        options = {"sparsity": 0.0, **self.head_options}
+        return HeadSwap(self.layer, SimplexETF, build, options, SimplexETFHead, self.fresh_head)
 
     def _let_go(self, pl_module: LightningModule) -> None:
         for method in ("configure_model", "configure_optimizers"):

@@ -2,7 +2,8 @@
 parameters.
 """
 
-from collections.abc import Callable, Collection
+import inspect
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from lightning.pytorch import LightningModule
@@ -14,6 +15,9 @@ from lightning_feat.joints.features.taps import find_layer
 from lightning_feat.joints.module.wraps import overrides
 
 _REPLACED = "_feat_replaced"  # on a new head, until optimizers are configured: the parameters it stands for
+_OPTIONS = "_feat_options"  # on a new head: what it was built with
+_LOADING = "_feat_loading"  # on a head: what it does when a checkpoint has a linear classifier
+HEADS_KEY = "lightning_feat_heads"  # in a checkpoint: the heads that were put in, by their names
 
 
 def named_or_found(module: nn.Module, layer: str | None, argument: str = "layer") -> tuple[str, nn.Module]:
@@ -31,17 +35,27 @@ class HeadSwap:
 
     Args:
         layer: dotted name of the classifier; None finds it.
-        kind: the class of the new head; a classifier of this class is left alone.
+        kind: the class of the new head; a classifier of this class stays, and must be what the options ask for.
         build: the new head for the ``nn.Linear`` that it replaces. A function that can be pickled, not a lambda.
+        options: what it builds with, by the names of the arguments of ``owner``; attributes of the head of the same
+            names are compared with them.
         owner: who asks, for errors.
         fresh: whether a checkpoint with an ``nn.Linear`` in its place may load, and leave the head as it is.
     """
 
     def __init__(
-        self, layer: str | None, kind: type[nn.Module], build: Callable[[nn.Linear], nn.Module], owner: str, fresh: bool
+        self,
+        layer: str | None,
+        kind: type[nn.Module],
+        build: Callable[[nn.Linear], nn.Module],
+        options: Mapping[str, Any],
+        owner: type,
+        fresh: bool,
     ) -> None:
-        self.layer, self.kind, self.build, self.owner = layer, kind, build, owner
-        self.loading = _LinearCheckpoint(owner, fresh)
+        self.layer, self.kind, self.build, self.options, self.owner = layer, kind, build, dict(options), owner.__name__
+        defaults = inspect.signature(owner).parameters
+        self.stated = {name: value for name, value in options.items() if value != defaults[name].default}
+        self.loading = _LinearCheckpoint(self.owner, fresh)
 
     def __call__(self, module: LightningModule, call: Callable[..., Any]) -> None:
         call()
@@ -69,6 +83,8 @@ class HeadSwap:
         """Replace the classifier unless that has been done."""
         name, old = named_or_found(module, self.layer)
         if isinstance(old, self.kind):
+            self._refuse_other_options(name, old)
+            self._load_by(old)
             return
         if not isinstance(old, nn.Linear):
             raise ValueError(
@@ -84,11 +100,87 @@ class HeadSwap:
         head = self.build(old)
         if not old.weight.requires_grad:  # a frozen classifier stays frozen
             head.requires_grad_(False)
-        head.register_load_state_dict_pre_hook(self.loading)
+        head.__dict__[_OPTIONS] = self.options
+        self._load_by(head)
         if self.layer is None:  # searched again, in its absence the layer before it might be taken
             remember_found(head)
         replace_layer(module, old, head.train(old.training))
         head.__dict__[_REPLACED] = tuple(old.parameters())
+
+    def _load_by(self, head: nn.Module) -> None:
+        there: _LinearCheckpoint | None = head.__dict__.get(_LOADING)
+        if there is None:
+            head.__dict__[_LOADING] = self.loading
+            head.register_load_state_dict_pre_hook(self.loading)
+        else:  # of an earlier callback, or a copy of it
+            there.owner, there.fresh = self.loading.owner, self.loading.fresh
+
+    def _refuse_other_options(self, name: str, head: nn.Module) -> None:
+        """One that was put in has all options of the callback; one that is the module's own, those that are stated."""
+        built: dict[str, Any] | None = head.__dict__.get(_OPTIONS)
+        asked = self.stated if built is None else self.options
+        there = {option: getattr(head, option, None) for option in asked} if built is None else built
+        for option, value in asked.items():
+            if not _agree(there[option], value):
+                raise ValueError(
+                    f"the classifier {name} is a {type(head).__name__} already, with {option}={_plain(there[option])}, "
+                    f"and {self.owner} asks for {option}={value!r}: make a new module for other options, or ask for "
+                    "those it has."
+                )
+
+
+def note_head(checkpoint: dict[str, Any], label: str, head: nn.Module) -> None:
+    """Write down, in a checkpoint, which head stands where, so that it can be loaded without the callback."""
+    options = head.__dict__.get(_OPTIONS)
+    if options is not None:
+        checkpoint.setdefault(HEADS_KEY, {})[label] = {"kind": type(head).__name__, "options": dict(options)}
+
+
+def refuse_other_scale(checkpoint: Mapping[str, Any], label: str, head: nn.Module, owner: str) -> None:
+    """Raise a ``ValueError`` if a run resumes with a head that was put in for another fixed scale than its
+    checkpoint's, which would stay without a word.
+    """
+    options = head.__dict__.get(_OPTIONS)
+    weights = {name.replace("_orig_mod.", ""): value for name, value in checkpoint.get("state_dict", {}).items()}
+    saved = weights.get(f"{label}.scale")
+    if options is None or saved is None or options.get("learn_scale", False) or _agree(saved, options["scale"]):
+        return
+    raise ValueError(
+        f"the checkpoint has a {type(head).__name__} with scale={_plain(saved)} at {label}, and {owner} asks for "
+        f"scale={options['scale']!r}: set scale={_plain(saved)} to resume the run."
+    )
+
+
+def begin_head_anew(checkpoint: dict[str, Any], label: str, head: nn.Module) -> None:
+    """Of a checkpoint with a linear classifier keep nothing that knows its parameters: optimizers and schedules go, and
+    fine-tuning callbacks, which write down groups by name, get those of the new head.
+    """
+    checkpoint["optimizer_states"] = []  # its parameters are others than ours
+    checkpoint["lr_schedulers"] = []  # a schedule in its middle beside an optimizer at its first rate
+    new = [f"{label}.{name}" for name, p in head.named_parameters() if p.requires_grad]
+    states = checkpoint.get("callbacks", {})
+    for callback, state in states.items():
+        if isinstance(state, dict) and "internal_optimizer_metadata" in state:
+            groups_of = {
+                index: [{**group, "params": _renamed(group["params"], label, new)} for group in groups]
+                for index, groups in state["internal_optimizer_metadata"].items()
+            }
+            states[callback] = {**state, "internal_optimizer_metadata": groups_of}
+
+
+def _renamed(names: list[str], label: str, new: list[str]) -> list[str]:
+    old = [f"{label}.weight", f"{label}.bias"]
+    return [n for name in names for n in (new if name == old[0] else [] if name == old[1] else [name])]
+
+
+def _agree(there: Any, asked: Any) -> bool:
+    if isinstance(asked, bool) or not isinstance(asked, float):
+        return bool(there == asked)
+    return there is not None and abs(float(there) - asked) <= 1e-6 * max(abs(asked), 1.0)  # a float32 buffer
+
+
+def _plain(value: Any) -> Any:
+    return round(float(value), 6) if hasattr(value, "is_floating_point") else value
 
 
 def take_places(optimizers: list[Optimizer], head: nn.Module) -> None:

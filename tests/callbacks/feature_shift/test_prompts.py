@@ -269,3 +269,13 @@ def test_a_tower_of_another_kind_can_be_described(tmp_path):
         trainer(tmp_path, callbacks=[PromptLearner("text", depth=1, length=2, template=None, layers=layers)]).fit(
             Texts(), DataLoader(TensorDataset(ids), 2)
         )
+
+
+@pytest.mark.parametrize("other", [{"length": 3}, {"coupling": "independent"}, {"text_surgery": 0.2}])
+def test_prompts_that_are_asked_for_otherwise_than_they_were_trained_are_refused(tmp_path, other):
+    options = {"depth": 2, "length": 2, "template": None, "text_surgery": 0.1}
+    fit(tmp_path, Clip(), PromptLearner(**options)).save_checkpoint(path := tmp_path / "a.ckpt")
+    (name, value), *_ = other.items()
+    with pytest.raises(ValueError, match=rf"asks for {name}={value!r}: ask for what was trained"):
+        fit(tmp_path, Clip(), PromptLearner(**{**options, **other}), ckpt_path=path, max_epochs=4)
+    fit(tmp_path, Clip(), PromptLearner(**options), ckpt_path=path, max_epochs=4)

@@ -10,7 +10,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
-from lightning_feat.callbacks import GrassmannHead, GrassmannMonitor, LinearProbe
+from lightning_feat.callbacks import GrassmannHead, GrassmannMonitor, LinearProbe, NeuralCollapseMonitor
 from lightning_feat.functional.grassmann import geodesic_distance, principal_angles
 from lightning_feat.functional.transfer.class_separation import (
     class_separation_r2,
@@ -286,3 +286,15 @@ def test_two_processes_log_what_one_does(tmp_path):
     inside = first.pop("online grassmann/variability/net.fc"), alone.pop("online grassmann/variability/net.fc")
     assert inside[0] == pytest.approx(inside[1], rel=0.2)
     assert first == pytest.approx(alone, rel=1e-5, abs=1e-6)  # logged in float32
+
+
+def test_angles_of_subspaces_that_nobody_follows_are_nan_and_that_is_said_once(tmp_path):
+    module = Plain(lr=1.0)
+    module.net.fc = GrassmannLinear(8, 3, 2)
+    run = trainer(tmp_path, callbacks=[GrassmannMonitor(), NeuralCollapseMonitor()], max_epochs=3)
+    with pytest.warns(UserWarning, match="off their manifold") as said:
+        run.fit(module, loader(64))
+    assert sum("Their angles are nan" in str(w.message) for w in said) == 1
+    assert run.callback_metrics["grassmann/angle_mean/net.fc"].isnan()
+    assert run.callback_metrics["grassmann/orthonormality_error/net.fc"] > 0.01
+    assert not [name for name in run.callback_metrics if "nc3" in name]

@@ -103,7 +103,7 @@ def test_copies_know_their_head_too(tmp_path, copied):
 def test_a_head_that_was_named_is_no_answer_to_where_the_classifier_is():
     module = Plain()
     module.aux = nn.Sequential(nn.Linear(8, 3))
-    HeadSwap("aux.0", SimplexETF, lambda old: SimplexETF(8, 3), "SimplexETFHead", False).swap(module)
+    HeadSwap("aux.0", SimplexETF, lambda old: SimplexETF(8, 3), {}, SimplexETFHead, False).swap(module)
     assert swapped(module) == ["aux.0"]
     assert find_classifier(module)[0] == "net.fc"
 
