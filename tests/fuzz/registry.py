@@ -13,8 +13,8 @@ from torch import Tensor
 
 from lightning_feat.functional.common.class_sums import empty_class_sums
 from lightning_feat.functional.common.directions import thin_svd
+from lightning_feat.functional.common.precision import full_precision
 from lightning_feat.functional.feature_shift import shift_sums
-from lightning_feat.functional.grassmann.geodesic import full_precision
 from lightning_feat.functional.neural_collapse.duality import neco_subspace
 from lightning_feat.functional.neural_collapse.mixup import MixSums, mix_sums
 from lightning_feat.functional.neural_collapse.pairs import pair_statistics

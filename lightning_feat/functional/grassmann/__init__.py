@@ -1,7 +1,8 @@
 """Subspaces as classes: logits, angles, distances, and steps along their manifold."""
 
+from lightning_feat.functional.common.precision import full_precision
 from lightning_feat.functional.grassmann.angles import pairwise_principal_angles
-from lightning_feat.functional.grassmann.geodesic import cos_and_sinc, full_precision, geodesic_
+from lightning_feat.functional.grassmann.geodesic import cos_and_sinc, geodesic_
 from lightning_feat.functional.grassmann.subspaces import (
     chordal_distance,
     geodesic_distance,

@@ -15,16 +15,14 @@ eigenvector nor a singular value is ever needed, and equal or vanishing angles a
 Delta X^T and Delta Delta^T is one Gram matrix of the stacked rows [X; Delta].
 """
 
-import contextlib
 import functools
 import itertools
 import math
-from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_feat.functional.common.precision import full_precision
 from lightning_feat.functional.common.shapes import check_shapes
 
 # Terms of the two series: for |H| <= 1 the first one left out is 1 / 12! = 2e-9 or 1 / 18! = 2e-16 at most.
@@ -35,26 +33,6 @@ _MAX_DOUBLINGS = {torch.float32: 9, torch.float64: 12}
 _BLOCK_BYTES = 6 * 2**20  # rows [X; Delta] of a block: 4 to 8 MiB are level on a CPU with 32 MiB of cache
 _ACCELERATOR_BLOCK_BYTES = 256 * 2**20  # a block costs launches, so few of them, but no second copy of a large head
 _LARGE_INSIDE = 1.0  # radians; below, what cancels in H is a few roundings of one
-
-
-@contextlib.contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """Multiply float32 matrices in float32, whatever autocast and the TF32 switches say, and put them back after.
-
-    TF32 keeps 10 bits: a basis that is repaired with it is orthonormal to 1e-3. Lightning itself advises to switch it
-    on (``torch.set_float32_matmul_precision``). The switches belong to the process, not to the thread.
-    """
-    with contextlib.ExitStack() as stack:
-        if torch.amp.is_autocast_available(device.type):
-            stack.enter_context(torch.autocast(device.type, enabled=False))
-        matmul: Any = getattr(torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn, "matmul", None)
-        if hasattr(matmul, "fp32_precision"):  # torch 2.9; the older switch cannot be read once this one was used
-            stack.callback(setattr, matmul, "fp32_precision", matmul.fp32_precision)
-            matmul.fp32_precision = "ieee"
-        else:
-            stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
-            torch.set_float32_matmul_precision("highest")
-        yield
 
 
 @torch.no_grad()

@@ -10,8 +10,9 @@ from torch.nn.functional import linear
 from torch.nn.functional import normalize as unit_length
 
 from lightning_feat.functional.common.lengths import tamed
+from lightning_feat.functional.common.precision import full_precision
 from lightning_feat.functional.common.shapes import check_shapes
-from lightning_feat.functional.grassmann.geodesic import full_precision, geodesic_
+from lightning_feat.functional.grassmann.geodesic import geodesic_
 
 __all__ = [
     "chordal_distance",

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightning_feat.functional.common.precision import full_precision
 from lightning_feat.functional.grassmann import geodesic as grassmann_geodesic
 from lightning_feat.functional.grassmann import geodesic_, geodesic_distance, orthonormality_error, random_basis
-from lightning_feat.functional.grassmann.geodesic import cos_and_sinc, full_precision
+from lightning_feat.functional.grassmann.geodesic import cos_and_sinc
 
 DATA = Path(__file__).parents[2] / "data"
 

@@ -3,6 +3,7 @@ import warnings
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_feat.functional.transfer.probe import fit_logistic_regression, hold_out, linear_probe
 
@@ -37,6 +38,45 @@ def test_the_fit_is_that_of_scikit_learn(size, width, penalty):
         features @ (fitted.weight - torch.as_tensor(theirs.coef_)).T + fitted.bias - torch.as_tensor(theirs.intercept_)
     )
     assert (log_odds - log_odds.mean(1, keepdim=True)).abs().max() < 2e-2  # log odds up to 10
+
+
+def objective(features, targets, weight, bias, penalty):
+    logits = features.double() @ weight.T + bias
+    return float(cross_entropy(logits, targets) + penalty / 2 * weight.square().sum())
+
+
+@pytest.mark.parametrize(
+    ("size", "width", "noise"), [(150, 6, 1.0), (120, 40, 0.5), (40, 60, 1.0)]
+)  # two can be told apart
+def test_at_every_penalty_down_to_the_weakest_the_loss_is_the_least_there_is(size, width, noise):
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    features, targets = blobs(size, width, noise=noise)
+    for penalty in (1e-6, 1e-4, 1e-2, 1.0):
+        options = {"C": 1 / (penalty * size), "solver": "newton-cg", "tol": 1e-10, "max_iter": 20_000}
+        theirs = linear_model.LogisticRegression(**options).fit(features.double().numpy(), targets.numpy())
+        least = objective(features, targets, torch.tensor(theirs.coef_), torch.tensor(theirs.intercept_), penalty)
+        ours = objective(features, targets, *fit_logistic_regression(features, targets, 4, penalty), penalty)
+        assert ours <= least * (1 + 1e-6), penalty
+
+
+class Looks(TorchDispatchMode):
+    """Counts the values that are fetched from the device, each of which would make a GPU wait."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "equal", "_unique2", "tolist")
+        return func(*args, **(kwargs or {}))
+
+
+def test_all_penalties_are_fitted_side_by_side_with_few_looks_at_the_device():
+    parts = three_parts(size=400, width=20)
+    with Looks() as looks:
+        together = linear_probe(*parts)
+    assert len(together.penalties) == 8
+    assert looks.count <= 60
+    for penalty, accuracy in zip(together.penalties.tolist(), together.val_accuracies, strict=True):
+        assert linear_probe(*parts, penalties=[penalty]).val_accuracies[0] == accuracy
 
 
 def test_the_fit_ends_where_the_gradient_of_the_stated_loss_vanishes():
