@@ -62,8 +62,8 @@ class FeatureShiftMonitor(Callback):
         text_layers: blocks of the text tower; None for all where ``image_layers`` or prompts say that there are towers.
         image_layers: blocks of the image tower, as many.
         every_n_batches: look at batches 0, n, 2 n, ... of each epoch only.
-        figure: when fitting ends, draw the shifts as ``feature_shift.png`` (``feature_shift_val.png``) beside the
-            logger's files, and as an image into every TensorBoard and W&B logger. Needs matplotlib.
+        figure: when fitting ends, draw the shifts as ``feature_shift.png`` (``feature_shift_val.png``) in the run's
+            own folder (``joints.run.folder``), and in every logger that shows images. Needs matplotlib.
         read: the ``"output"`` or the ``"input"`` of ``layers``.
         pooling: see ``joints.features.taps.pool``; by default every token and position counts by itself.
         mask_key: where a batch keeps which tokens count ``(N, T)``; see ``joints.features.batches``.

@@ -58,8 +58,8 @@ class GrassmannMonitor(Callback):
         max_samples_per_class: for the exact mode, how many to take for the variability, chosen by ``seed``; every
             process holds these of all processes for a moment. R^2 is of all samples. None takes all.
         seed: of both choices.
-        figure: draw a histogram of the principal angles, as a PNG beside the logger's files and as an image into
-            every TensorBoard and W&B logger. Needs matplotlib.
+        figure: draw a histogram of the principal angles, as a PNG in the run's own folder
+            (``joints.run.folder``) and in every logger that shows images. Needs matplotlib.
         pooling: how inputs of the head that are not ``(N, D)`` become so, see ``joints.features.taps.pool``.
         target_key: where a batch keeps class indices, see ``joints.features.batches``. Online, the targets must belong
             to the features: with mixup use the exact mode, on loaders that do not mix.

@@ -85,13 +85,13 @@ class NeuralCollapseMonitor(Callback):
             own step does, see ``joints.data.ways``.
         memory_budget_mb: for the exact mode, what kept features may take on each process.
         figures: draw the cosines of the class means, the spectra of the scatter within and between classes, and the
-            measures over the epochs, as ``neural_collapse-<layer>-epoch=<n>.png`` beside the logger's files and into
-            every TensorBoard and W&B logger. Takes 0.6 s each, and the eigenvalues of a ``(D, D)`` matrix: the spectrum
-            within classes is left out, and said to be, in the exact mode above D = 2048 and in the online mode without
-            the second moment. Needs matplotlib.
-        table: write ``neural_collapse.csv`` beside the logger's files, with every measure in full precision, see
-            ``callbacks.neural_collapse.table``. None where there is a logger that has a folder; True also without, into
-            ``default_root_dir``.
+            measures over the epochs, as ``neural_collapse-<layer>-epoch=<n>.png`` in the run's own folder
+            (``joints.run.folder``) and into every logger that shows images. Takes 0.6 s each, and the eigenvalues of a
+            ``(D, D)`` matrix: the spectrum within classes is left out, and said to be, in the exact mode above D = 2048
+            and in the online mode without the second moment. Needs matplotlib.
+        table: write ``neural_collapse.csv`` into the run's own folder, with every measure in full precision, see
+            ``callbacks.neural_collapse.table``; W&B, MLflow and Comet get it, too, when fitting ends. None where there
+            is a logger; True also without, into ``default_root_dir``.
         thresholds: see :class:`CollapseThreshold`.
         mask_key: where a batch keeps which tokens count ``(N, T)``, for ``pooling="mean"``, ``"max"`` or ``"tokens"``:
             without it padding counts.
@@ -233,10 +233,14 @@ class NeuralCollapseMonitor(Callback):
                 self._measure(trainer, pl_module)
             self.watch.end_round()
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.report.finish(trainer)  # before Lightning closes the loggers
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._let_go()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.report.finish(trainer)
         self._let_go()  # after an exception Lightning does not call teardown
 
     def _loaders(self, trainer: Trainer) -> dict[str, Any]:

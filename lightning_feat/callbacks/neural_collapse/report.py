@@ -6,6 +6,8 @@ from lightning_feat.callbacks.reports.curves import Points
 from lightning_feat.callbacks.reports.figures import folder_for_figures, publish_figure
 from lightning_feat.callbacks.reports.history import set_point
 from lightning_feat.functional.neural_collapse import CollapsePicture
+from lightning_feat.joints.run.folder import run_folder
+from lightning_feat.joints.run.loggers import send_file
 from lightning_feat.joints.run.spared import run_spared
 
 
@@ -18,7 +20,7 @@ class CollapseReport:
 
     def __init__(self, mode: str, figures: bool, table: bool | None) -> None:
         self.mode, self.figures, self.table = mode, figures, table
-        self._writes_table = False
+        self._writes_table, self._written = False, ""
         self.points: dict[str, Points] = {}
         self._folder = ""
         self._failed: set[str] = set()
@@ -30,9 +32,9 @@ class CollapseReport:
             self.points = {}  # of an earlier run; a checkpoint, if any, is loaded after this
         if self.figures:
             folder_for_figures(trainer, "figures=True")  # says what is not installed
-        folder = trainer.log_dir  # a broadcast: all processes ask, and now
-        self._folder = str(folder or trainer.default_root_dir)
-        self._writes_table = bool(trainer.loggers and folder) if self.table is None else self.table
+        self._folder = run_folder(trainer)  # a broadcast: all processes ask, and now
+        self._writes_table = bool(trainer.loggers) if self.table is None else self.table
+        self._written = ""
 
     def add(
         self, trainer: Trainer, layer: str, data: str, values: dict[str, float], picture: CollapsePicture | None
@@ -46,9 +48,17 @@ class CollapseReport:
             with run_spared("NeuralCollapseMonitor", "write its table", self._failed):
                 table = CollapseTable(self._folder)
                 table.add(trainer.current_epoch, trainer.global_step, self.mode, layer, data, values)
+                self._written = table.path
         if picture is not None:
             with run_spared("NeuralCollapseMonitor", "draw its figure", self._failed):
                 self._draw(trainer, layer, data, picture)
+
+    def finish(self, trainer: Trainer) -> None:
+        """When a fit ends, also by an error: the loggers that keep files get the table."""
+        written, self._written = self._written, ""
+        if written:
+            with run_spared("NeuralCollapseMonitor", "give its table to the loggers", self._failed):
+                send_file(trainer, written)
 
     def _remember(self, place: str, epochs: float, values: dict[str, float]) -> None:
         points = self.points.setdefault(place, {})

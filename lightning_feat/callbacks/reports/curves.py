@@ -43,14 +43,13 @@ class Panel:
 class CurvePlotter(MetricHistory):
     """Draw logged metrics against the epoch into a figure when fitting ends, also early, interrupted or by an error.
 
-    The file is put beside the logger's, or into ``default_root_dir`` where there is no logger, and the figure into
-    every TensorBoard and W&B logger. A folder that cannot be written to is a warning. Needs matplotlib, at the start of
-    fitting already.
+    The file is put into the run's own folder (``joints.run.folder``), and the figure into every logger that shows
+    images. A folder that cannot be written to is a warning. Needs matplotlib, at the start of fitting already.
 
     Args:
         panels: from top to bottom. ``None`` makes one for losses, one for accuracies and one for each method, by the
             first part of the metric's name, with a log axis where values span more than two decades.
-        filename: relative to the logger's folder, or absolute; its ending says the format: png, pdf or svg.
+        filename: relative to that folder, or absolute; its ending says the format: png, pdf or svg.
 
     Example:
         >>> plotter = CurvePlotter([Panel(["val/accuracy"], "validation accuracy (%)", scale=100)])

@@ -35,6 +35,9 @@ from lightning_feat.joints.data.train_loader import one_train_loader
 from lightning_feat.joints.data.ways import Forward
 from lightning_feat.joints.features.batches import TargetKey, class_indices, targets_of
 from lightning_feat.joints.loss.engine import add_loss_term, remove_loss_term
+from lightning_feat.joints.run.folder import run_folder
+from lightning_feat.joints.run.loggers import send_file
+from lightning_feat.joints.run.spared import run_spared
 
 _CLEAN = "clean_train_dataloader"  # looked for where no other name is given
 
@@ -53,7 +56,8 @@ class SimplicityBiasUpsampler(DataPlan):
     ``seed_everything(seed)`` before it. All processes take the same examples; a run that is cut off, before, during or
     after the choice, resumes where it was, for which a checkpoint of the first part also holds the initial weights. The
     step that loggers show goes on over both parts. Where there is a logger, the selection is written to
-    ``selection.pt`` beside its files, and its size logged as ``simplicity_bias/slow_share``.
+    ``selection.pt`` in the run's own folder (``joints.run.folder``), and its size logged as
+    ``simplicity_bias/slow_share``.
 
     Args:
         separating_epoch: when to choose: a share of ``max_epochs``, at least one epoch; a number of epochs; or
@@ -150,7 +154,7 @@ class SimplicityBiasUpsampler(DataPlan):
         if stage != "fit":
             return
         logs = trainer.loggers and not getattr(trainer, "fast_dev_run", False)
-        self._folder = str(trainer.log_dir or trainer.default_root_dir) if logs else ""
+        self._folder = run_folder(trainer) if logs else ""
         if self.restart and type(trainer.strategy).__name__ in ("ModelParallelStrategy", "FSDPStrategy"):
             raise ValueError(f"{self.state_key}: sharded parameters cannot start again; set restart=False.")
         if self.term is not None:
@@ -331,6 +335,9 @@ class SimplicityBiasUpsampler(DataPlan):
                 self.selection.save(path)
             except OSError as error:
                 rank_zero_warn(f"{self.state_key} could not write {path}: {error}. The checkpoint holds it too.")
+                return
+            with run_spared(self.state_key, "give the selection to the loggers"):
+                send_file(trainer, path)
 
     def _use(self) -> None:
         self._stage = "using"

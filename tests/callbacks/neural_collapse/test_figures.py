@@ -220,7 +220,7 @@ def test_figure_that_cannot_be_shown_is_one_warning_and_no_end(tmp_path):
         run, _ = fit(tmp_path, NeuralCollapseMonitor(figures=True), logger=stub)
     assert run.current_epoch == 3
     assert len([warning for warning in caught if "offline" in str(warning.message)]) == 1
-    assert len([*tmp_path.glob("*.png")]) == 3  # the files were written before
+    assert len([*tmp_path.glob("version_0/*.png")]) == 3  # the files were written before
 
 
 def test_resumed_run_draws_the_whole_way(tmp_path):
