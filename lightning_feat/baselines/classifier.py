@@ -1,43 +1,20 @@
-"""What the baselines share: loss, accuracy, and an optimizer for those who name none."""
+"""What the baselines that classify share: loss, accuracy, and an optimizer for those who name none."""
 
 import math
-from collections.abc import Callable
-from functools import partial
-from types import MethodType
 from typing import Any
 
 import torch
-from lightning import LightningModule
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torchmetrics.classification import MulticlassAccuracy
 
-
-class Default:
-    """A method that counts as Lightning's own until the module is in a Trainer.
-
-    ``LightningCLI`` warns before it replaces a ``configure_optimizers`` that somebody wrote, which a default is not;
-    it asks before there is a Trainer. The Trainer wants to see one, and asks later. As this is no data descriptor, a
-    method set on the instance, as ``LightningCLI`` does, comes before it; nothing is kept on the instance, so copies,
-    pickles and checkpoints carry nothing either.
-    """
-
-    def __init__(self, method: Callable[[Any], Any]) -> None:
-        self.method, self.__doc__ = method, method.__doc__
-
-    def __get__(self, module: LightningModule | None, owner: type[LightningModule]) -> Callable[..., Any]:
-        if module is None:
-            return self.method
-        if module._trainer is not None:
-            return MethodType(self.method, module)
-        unseen = partial(self.method, module)
-        unseen.__wrapped__ = LightningModule.configure_optimizers  # type: ignore[attr-defined]  # what is_overridden reads
-        return unseen
+from lightning_feat.arguments import checked
+from lightning_feat.baselines.baseline import Baseline, default_optimizer
 
 
-class Classifier(LightningModule):
+class Classifier(Baseline):
     """Trains a network on batches that begin with images and targets; anything after these is left alone.
 
     Targets are class indices ``(N,)``, or probabilities ``(N, C)`` in training. Logs, each over a whole epoch,
@@ -51,6 +28,7 @@ class Classifier(LightningModule):
         weight_decay: of the default optimizer, on all parameters.
     """
 
+    @checked
     def __init__(self, num_classes: int, label_smoothing: float, lr: float, weight_decay: float) -> None:
         super().__init__()
         if num_classes < 2:
@@ -81,7 +59,7 @@ class Classifier(LightningModule):
         logits: Tensor = self(batch[0] if isinstance(batch, (tuple, list)) else batch)
         return logits
 
-    @Default
+    @default_optimizer("lr", "weight_decay")
     def configure_optimizers(self) -> dict[str, Any]:
         """SGD with momentum 0.9, its learning rate on a half cosine to zero over the run, where its length is known."""
         optimizer = SGD(self.parameters(), lr=self.lr, momentum=0.9, weight_decay=self.weight_decay)

@@ -14,7 +14,8 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 
-from lightning_feat.baselines.classifier import Default, describe
+from lightning_feat.baselines.baseline import default_optimizer
+from lightning_feat.baselines.classifier import describe
 from lightning_feat.baselines.clip_sources import Source
 from lightning_feat.baselines.named_classes import NamedClasses, distinct
 
@@ -52,11 +53,11 @@ class ClipClassifier(NamedClasses):
             features, each of length one.
         trainable: names within ``clip`` of what trains, submodules or parameters: ``["visual.ln_post"]``. A submodule
             is then in train mode while training.
-        lr: learning rate of the default optimizer after the warm-up.
-        momentum: of the default optimizer.
-        weight_decay: of the default optimizer.
-        warmup_epochs: number of epochs at
-        warmup_lr: this rate.
+        lr: learning rate of the default optimizer after the warm-up; None for 0.0035.
+        momentum: of the default optimizer; None for 0.9.
+        weight_decay: of the default optimizer; None for 0.0005.
+        warmup_epochs: of the default optimizer, number of epochs (None for one) at
+        warmup_lr: this rate; None for 0.00001.
         grad_checkpointing: compute the blocks of both towers again in the backward pass, to save memory: text features
             of many classes need much. Not for Hugging Face, whose models do so in train mode only.
 
@@ -74,14 +75,14 @@ class ClipClassifier(NamedClasses):
         pretrained: str | None = None,
         template: str | Sequence[str] = "a photo of a {}.",
         trainable: Sequence[str] = (),
-        lr: float = 0.0035,
-        momentum: float = 0.9,
-        weight_decay: float = 5e-4,
-        warmup_epochs: int = 1,
-        warmup_lr: float = 1e-5,
+        lr: float | None = None,
+        momentum: float | None = None,
+        weight_decay: float | None = None,
+        warmup_epochs: int | None = None,
+        warmup_lr: float | None = None,
         grad_checkpointing: bool = False,
     ) -> None:
-        if min(lr, momentum, weight_decay, warmup_epochs, warmup_lr) < 0:
+        if min(value or 0 for value in (lr, momentum, weight_decay, warmup_epochs, warmup_lr)) < 0:
             raise ValueError(
                 f"{lr=}, {momentum=}, {weight_decay=}, {warmup_epochs=} and {warmup_lr=}: none can be negative."
             )
@@ -92,8 +93,10 @@ class ClipClassifier(NamedClasses):
         template, model, trainable = template if isinstance(template, str) else list(template), str(model), [*trainable]
         self.save_hyperparameters()
         self.template = template
-        self.lr, self.momentum, self.weight_decay = lr, momentum, weight_decay
-        self.warmup_epochs, self.warmup_lr = warmup_epochs, warmup_lr
+        self.lr, self.warmup_lr = 0.0035 if lr is None else lr, 1e-5 if warmup_lr is None else warmup_lr
+        self.momentum = 0.9 if momentum is None else momentum
+        self.weight_decay = 5e-4 if weight_decay is None else weight_decay
+        self.warmup_epochs = 1 if warmup_epochs is None else warmup_epochs
         self.novel_class_names: list[str] = novel_class_names or []
         if class_names is not None:
             self.set_classes(class_names)
@@ -166,7 +169,7 @@ class ClipClassifier(NamedClasses):
             names = {"class_names": list(self._class_names), "novel_class_names": list(self.novel_class_names)}
             checkpoint["hyper_parameters"] = {**checkpoint["hyper_parameters"], **names}
 
-    @Default
+    @default_optimizer("lr", "momentum", "weight_decay", "warmup_epochs", "warmup_lr")
     def configure_optimizers(self) -> dict[str, Any]:
         """SGD on what trains of ``clip``, one group, perhaps empty; its rate constant in the warm-up, then on a cosine.
 

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import LightningModule
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from lightning_feat.baselines.classifier import Default, describe
+from lightning_feat.baselines.baseline import Baseline, default_optimizer
+from lightning_feat.baselines.classifier import describe
 from lightning_feat.baselines.clip import SmallClip
 from lightning_feat.baselines.clip_tokenizer import WordTokenizer
 
@@ -38,7 +38,7 @@ def contrastive_loss(image_features: Tensor, text_features: Tensor, scale: Tenso
     return (cross_entropy(logits_NN, own_N) + cross_entropy(logits_NN.T, own_N)) / 2
 
 
-class SmallClipPretraining(LightningModule):
+class SmallClipPretraining(Baseline):
     """Trains a ``SmallClip``, as ``clip``, on batches that begin with images and as many captions in words.
 
     With several processes the loss compares each image with the captions of all, as one process with the whole batch
@@ -57,9 +57,9 @@ class SmallClipPretraining(LightningModule):
         width: of both towers.
         layers: blocks of each tower.
         heads: attention heads in each block.
-        lr: largest learning rate of the default optimizer.
-        weight_decay: of the default optimizer.
-        warmup_steps: optimizer steps to the largest rate.
+        lr: largest learning rate of the default optimizer; None for 0.001.
+        weight_decay: of the default optimizer; None for 0.1.
+        warmup_steps: of the default optimizer, steps to the largest rate; None for 50.
     """
 
     def __init__(
@@ -72,17 +72,19 @@ class SmallClipPretraining(LightningModule):
         width: int = 64,
         layers: int = 4,
         heads: int = 4,
-        lr: float = 1e-3,
-        weight_decay: float = 0.1,
-        warmup_steps: int = 50,
+        lr: float | None = None,
+        weight_decay: float | None = None,
+        warmup_steps: int | None = None,
     ) -> None:
         super().__init__()
-        if lr < 0 or weight_decay < 0 or warmup_steps < 0:
+        if min(lr or 0, weight_decay or 0, warmup_steps or 0) < 0:
             raise ValueError(f"{lr=}, {weight_decay=} and {warmup_steps=}: none can be negative.")
         self.tokenizer = WordTokenizer(words, context_length)
         words = list(self.tokenizer.words)  # plain and sorted, as a checkpoint should hold them
         self.save_hyperparameters()
-        self.lr, self.weight_decay, self.warmup_steps = lr, weight_decay, warmup_steps
+        self.lr = 1e-3 if lr is None else lr
+        self.weight_decay = 0.1 if weight_decay is None else weight_decay
+        self.warmup_steps = 50 if warmup_steps is None else warmup_steps
         tower = (width, layers, heads)
         self.clip = SmallClip(
             self.tokenizer.vocab_size, context_length, image_size, patch_size, embed_dim, *tower, *tower
@@ -119,7 +121,7 @@ class SmallClipPretraining(LightningModule):
         right = [captions[found] == own for found, own in zip(first, captions, strict=True)]
         self.log("val/accuracy", torch.tensor(right, dtype=torch.float32, device=self.device).mean(), **logged)
 
-    @Default
+    @default_optimizer("lr", "weight_decay", "warmup_steps")
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW, its rate rising on a line and falling on a half cosine to zero, where the length of the run is
         known.

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from lightning_feat.baselines.classifier import Classifier, Default
+from lightning_feat.baselines.baseline import default_optimizer
+from lightning_feat.baselines.classifier import Classifier
 
 
 class CubicFilters(nn.Module):
@@ -51,9 +52,9 @@ class CubicCNN(Classifier):
         num_filters: number J.
         init_scale: standard deviation of the weights at the start. Outputs begin at its third power, and the time that
             a feature takes to be learned is about inverse to it.
-        lr: learning rate of the default optimizer.
-        momentum: of the default optimizer.
-        weight_decay: of the default optimizer.
+        lr: learning rate of the default optimizer; None for 0.1.
+        momentum: of the default optimizer; None for none.
+        weight_decay: of the default optimizer; None for none.
 
     Raises:
         ValueError: if a size is below one or a number negative, or ``init_scale`` is zero, where the gradient is, too.
@@ -69,19 +70,21 @@ class CubicCNN(Classifier):
         patch_size: int = 50,
         num_filters: int = 40,
         init_scale: float = 0.01,
-        lr: float = 0.1,
-        momentum: float = 0.0,
-        weight_decay: float = 0.0,
+        lr: float | None = None,
+        momentum: float | None = None,
+        weight_decay: float | None = None,
     ) -> None:
-        super().__init__(num_classes=2, label_smoothing=0.0, lr=lr, weight_decay=weight_decay)
+        super().__init__(
+            num_classes=2, label_smoothing=0.0, lr=0.1 if lr is None else lr, weight_decay=weight_decay or 0.0
+        )
+        self.save_hyperparameters()
         if min(patch_size, num_filters) < 1:
             raise ValueError(f"{patch_size=} and {num_filters=}: each is at least 1.")
         if not init_scale > 0:
             raise ValueError(f"init_scale={init_scale}: at zero weights the gradient is zero, so give more.")
-        if momentum < 0:
+        if (momentum or 0.0) < 0:
             raise ValueError(f"momentum={momentum} cannot be negative.")
-        self.save_hyperparameters()
-        self.momentum = momentum
+        self.momentum = momentum or 0.0
         self.backbone = CubicFilters(patch_size, num_filters, init_scale)
         self.head = nn.Linear(num_filters, 2, bias=False)
         self.head.requires_grad_(False).weight.copy_(torch.tensor([[-0.5], [0.5]]))
@@ -91,7 +94,7 @@ class CubicCNN(Classifier):
         logits: Tensor = self.head(self.backbone(patches))
         return logits
 
-    @Default
+    @default_optimizer("lr", "momentum", "weight_decay")
     def configure_optimizers(self) -> dict[str, Any]:
         """SGD at a constant learning rate."""
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]

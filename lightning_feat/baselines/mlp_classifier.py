@@ -20,8 +20,8 @@ class MLPClassifier(Classifier):
         dropout: share of each hidden layer's outputs set to zero in training.
         batch_norm: normalise before each ReLU; needs two samples at least in every training batch.
         label_smoothing: share of each training target spread evenly over all classes.
-        lr: learning rate of the default optimizer at the start of the run.
-        weight_decay: of the default optimizer, on all parameters.
+        lr: learning rate of the default optimizer at the start of the run; None for 0.05.
+        weight_decay: of the default optimizer, on all parameters; None for 0.0005.
 
     Example:
         >>> import torch
@@ -38,16 +38,21 @@ class MLPClassifier(Classifier):
         dropout: float = 0.0,
         batch_norm: bool = False,
         label_smoothing: float = 0.0,
-        lr: float = 0.05,
-        weight_decay: float = 5e-4,
+        lr: float | None = None,
+        weight_decay: float | None = None,
     ) -> None:
-        super().__init__(num_classes, label_smoothing, lr, weight_decay)
+        super().__init__(
+            num_classes,
+            label_smoothing,
+            lr=0.05 if lr is None else lr,
+            weight_decay=5e-4 if weight_decay is None else weight_decay,
+        )
+        self.save_hyperparameters()
         widths = [in_features, *hidden]
         if min(widths) < 1:
             raise ValueError(f"in_features={in_features} and hidden={list(hidden)}: every width is at least 1.")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout={dropout}: give a share in [0, 1).")
-        self.save_hyperparameters()
         layers: list[nn.Module] = [nn.Flatten()]
         for before, width in pairwise(widths):
             layers.append(nn.Linear(before, width))

@@ -8,15 +8,16 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from lightning import LightningModule
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from lightning_feat.arguments import checked
+from lightning_feat.baselines.baseline import Baseline
 from lightning_feat.baselines.clip_sources import Source, load_clip
 from lightning_feat.baselines.clip_tokenizer import Tokenizer
 
 
-class NamedClasses(LightningModule):
+class NamedClasses(Baseline):
     """Logits of images for the names of classes, by a CLIP as ``clip`` whose towers are frozen, unless told otherwise.
 
     A frozen tower is in eval mode always, and neither in the state dict nor in a checkpoint: loading builds it again
@@ -35,6 +36,7 @@ class NamedClasses(LightningModule):
     clip: Any
     tokenizer: Tokenizer
 
+    @checked
     def __init__(
         self,
         source: Source,

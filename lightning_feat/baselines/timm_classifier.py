@@ -30,8 +30,8 @@ class TimmClassifier(Classifier):
             of them by a fair coin.
         drop_rate: dropout before the classifier.
         model_kwargs: more arguments for ``timm.create_model``.
-        lr: learning rate of the default optimizer at the start of the run.
-        weight_decay: of the default optimizer, on all parameters.
+        lr: learning rate of the default optimizer at the start of the run; None for 0.05.
+        weight_decay: of the default optimizer, on all parameters; None for 0.0005.
         cifar_stem: give a ResNet of timm the first layer usual for 32 x 32 pixels, a 3 x 3 convolution of stride 1 and
             no pooling (He et al., "Deep Residual Learning", CVPR 2016, on CIFAR): the last feature map is then 4 x 4
             and not 1 x 1. That convolution begins at random also where the rest is pretrained.
@@ -53,11 +53,17 @@ class TimmClassifier(Classifier):
         cutmix_alpha: float = 0.0,
         drop_rate: float = 0.0,
         model_kwargs: dict[str, Any] | None = None,
-        lr: float = 0.05,
-        weight_decay: float = 5e-4,
+        lr: float | None = None,
+        weight_decay: float | None = None,
         cifar_stem: bool = False,
     ) -> None:
-        super().__init__(num_classes, label_smoothing, lr, weight_decay)
+        super().__init__(
+            num_classes,
+            label_smoothing,
+            lr=0.05 if lr is None else lr,
+            weight_decay=5e-4 if weight_decay is None else weight_decay,
+        )
+        self.save_hyperparameters()
         import timm  # not above: it takes seconds, and those who want the perceptron do without
         from timm.data.mixup import Mixup
 
@@ -69,7 +75,6 @@ class TimmClassifier(Classifier):
                 f"timm {timm.__version__} has no model {model_name!r}: "
                 f"{'did you mean ' + ' or '.join(near) + '?' if near else 'see timm.list_models().'}"
             )
-        self.save_hyperparameters()
         extra = {**({"drop_rate": drop_rate} if drop_rate else {}), **(model_kwargs or {})}
         self.network = timm.create_model(
             model_name, pretrained=pretrained, num_classes=num_classes, in_chans=in_chans, **extra

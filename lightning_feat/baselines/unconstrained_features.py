@@ -9,13 +9,12 @@ from functools import reduce
 from typing import Any, Literal
 
 import torch
-from lightning import LightningModule
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
 from torch.optim import LBFGS
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_feat.baselines.classifier import Default
+from lightning_feat.baselines.baseline import Baseline, default_optimizer
 
 
 class FreeFeatures(nn.Module):
@@ -44,7 +43,7 @@ class FreeFeatures(nn.Module):
         return self.all()[indices]
 
 
-class UnconstrainedFeatures(LightningModule):
+class UnconstrainedFeatures(Baseline):
     r"""Features that are parameters, one vector for each sample, below a linear head: a network that can do anything.
 
     Minimises, over features H, layers :math:`W_1, \dots, W_M` and bias b, all at once and in float64,
@@ -74,7 +73,7 @@ class UnconstrainedFeatures(LightningModule):
         weight_decay: factor :math:`\lambda_W`.
         feature_decay: factor :math:`\lambda_H`, on the sum over all samples and not on their mean.
         init_scale: standard deviation of features and weights at the start.
-        iterations: of L-BFGS in each step, that is in each epoch.
+        iterations: of L-BFGS, the default optimizer, in each step, that is in each epoch; None for 20.
 
     Raises:
         ValueError: if ``counts`` and ``outputs`` are both given or both missing, or an argument does not fit.
@@ -100,16 +99,17 @@ class UnconstrainedFeatures(LightningModule):
         weight_decay: float = 2e-3,
         feature_decay: float = 2e-4,
         init_scale: float = 1.0,
-        iterations: int = 20,
+        iterations: int | None = None,
     ) -> None:
         super().__init__()
+        self.save_hyperparameters()
         if (counts is None) == (outputs is None):
             raise ValueError("give either counts, for a classifier, or outputs, for regression.")
         if loss not in ("ce", "mse"):
             raise ValueError(f"loss={loss!r}: choose 'ce' or 'mse'.")
         if outputs is not None and loss == "ce":
             raise ValueError("outputs need loss='mse': cross-entropy is for classes.")
-        if min(num_features, num_layers, iterations) < 1:
+        if min(num_features, num_layers, 20 if iterations is None else iterations) < 1:
             raise ValueError(f"{num_features=}, {num_layers=} and {iterations=}: each is at least 1.")
         if min(weight_decay, feature_decay, bias_decay) < 0 or not 0 < init_scale < math.inf:
             raise ValueError(
@@ -118,8 +118,7 @@ class UnconstrainedFeatures(LightningModule):
             )
         if bias_decay and not bias:
             raise ValueError(f"{bias_decay=}, but there is no bias: set bias=True.")
-        self.save_hyperparameters()
-        self.loss, self.iterations = loss, iterations
+        self.loss, self.iterations = loss, 20 if iterations is None else iterations
         self.weight_decay, self.feature_decay, self.bias_decay = weight_decay, feature_decay, bias_decay
         targets = _class_targets(counts) if counts is not None else _output_targets(outputs)
         self.num_outputs = len(counts) if counts is not None else targets.shape[1]
@@ -189,7 +188,7 @@ class UnconstrainedFeatures(LightningModule):
         size = len(self.targets)
         return DataLoader(TensorDataset(torch.arange(size), self.targets.cpu()), batch_size=size)
 
-    @Default
+    @default_optimizer("iterations")
     def configure_optimizers(self) -> LBFGS:
         """L-BFGS with a strong Wolfe line search, without a stop of its own short of rounding."""
         return LBFGS(

@@ -7,6 +7,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lightning_feat.arguments import checked
 from lightning_feat.data.plan import Length, PlanSampler
 from lightning_feat.joints.data.epoch_ends import is_last_epoch
 from lightning_feat.joints.data.samplers import processes_share, with_sampler
@@ -43,6 +44,7 @@ class DataPlan(Callback):
         loader: which of several training loaders: its key in a dict, or its position in a list.
     """
 
+    @checked
     def __init__(
         self,
         plan: Callable[..., Any] | Tensor | Sequence[int],

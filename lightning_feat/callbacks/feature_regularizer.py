@@ -2,6 +2,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from lightning_feat.arguments import checked
 from lightning_feat.joints.features.batches import TargetKey
 from lightning_feat.joints.features.taps import FeatureTap, Pooling, Read
 from lightning_feat.joints.loss.regularizer import Regularizer
@@ -28,6 +29,7 @@ class FeatureRegularizer(Regularizer):
         backward_index: with manual optimization, which ``manual_backward`` of a step the term joins, from 0.
     """
 
+    @checked
     def __init__(
         self,
         loss: Callable[..., Tensor],

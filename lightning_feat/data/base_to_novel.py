@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
+from lightning_feat.arguments import checked
 from lightning_feat.data.image_folder import ImageFolderDataModule
 from lightning_feat.data.parts import by_hash
 
@@ -46,6 +47,7 @@ class BaseToNovelDataModule(ImageFolderDataModule):
         (['class 0', 'class 1', 'class 2'], ['class 3', 'class 4'], 6)
     """
 
+    @checked
     def __init__(
         self,
         root: str | Path,

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lightning_feat.arguments import checked
 from lightning_feat.data.digits import load_digits
 from lightning_feat.data.parts import Part, PartsDataModule, by_hash
 from lightning_feat.data.scenes import (
@@ -74,6 +75,7 @@ class CaptionedDigitsDataModule(PartsDataModule):
         (torch.Size([8, 3, 32, 32]), 20, 'red three on a checkered background')
     """
 
+    @checked
     def __init__(
         self,
         task: Literal["classes", "pairs"] = "classes",

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.data import DataLoader
 
+from lightning_feat.arguments import checked
 from lightning_feat.data.cifar_files import KNOWN, Name, read_cifar
 from lightning_feat.data.parts import Part, PartsDataModule, by_hash, check_share
 
@@ -57,6 +58,7 @@ class CifarDataModule(PartsDataModule):
         (torch.Size([4, 3, 32, 32]), 10)
     """
 
+    @checked
     def __init__(
         self,
         root: str | Path,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from lightning_feat.arguments import checked
 from lightning_feat.data.parts import Part, PartsDataModule, by_hash, check_share, hash_of
 
 # Mean and standard deviation of the pixels of all 1,797 digits, scaled from [0, 16] to [0, 1].
@@ -54,6 +55,7 @@ class DigitsDataModule(PartsDataModule):
 
     num_classes = 10
 
+    @checked
     def __init__(
         self,
         batch_size: int = 64,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from lightning_feat.arguments import checked
 from lightning_feat.data.parts import Part, PartsDataModule, by_hash
 
 # Mean and standard deviation of the pixels of all 2,624 photographs, scaled from [0, 255] to [0, 1].
@@ -41,6 +42,7 @@ class ElpvDataModule(PartsDataModule):
         num_workers: worker processes of each loader. Fetching is so cheap that zero is fastest.
     """
 
+    @checked
     def __init__(
         self,
         batch_size: int = 64,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lightning_feat.arguments import checked
 from lightning_feat.data.parts import PartsDataModule
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ class ImageFolderDataModule(PartsDataModule):
         (torch.Size([4, 3, 32, 32]), ['class_0', 'class_1', 'class_2'])
     """
 
+    @checked
     def __init__(
         self,
         root: str | Path,

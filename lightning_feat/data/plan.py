@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
+from lightning_feat.arguments import checked
+
 Length = Literal["grow", "keep"]
 
 
@@ -39,6 +41,7 @@ class PlanSampler(DistributedSampler[Any]):
         ([0, 2, 2], 3)
     """
 
+    @checked
     def __init__(
         self,
         counts: Tensor | Sequence[int],

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.data import DataLoader
 
+from lightning_feat.arguments import checked
 from lightning_feat.data.digits import PIXEL_MEAN, PIXEL_STD, DigitsDataModule, DigitsPart
 from lightning_feat.data.parts import by_hash, hash_of
 
@@ -82,6 +83,7 @@ class SpuriousDigitsDataModule(DigitsDataModule):
     val_set: "SpuriousDigitsPart"
     test_set: "SpuriousDigitsPart"
 
+    @checked
     def __init__(
         self,
         kind: Kind = "colour",

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_feat.arguments import checked
 from lightning_feat.data.parts import Part, PartsDataModule, hash_of
 
 SLOW_AXIS, FAST_AXIS = 0, 1  # the directions of the features within a patch
@@ -130,6 +131,7 @@ class TwoFeaturePatchesDataModule(PartsDataModule):
 
     num_classes = 2
 
+    @checked
     def __init__(
         self,
         batch_size: int = 64,

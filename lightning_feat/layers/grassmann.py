@@ -5,6 +5,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lightning_feat.arguments import checked
 from lightning_feat.functional.grassmann import orthonormality_error, polar_projection, random_basis, subspace_logits
 
 LOST = 1e-2  # orthonormality error that no rounding explains
@@ -44,6 +45,7 @@ class GrassmannLinear(nn.Module):
 
     scale: Tensor
 
+    @checked
     def __init__(
         self,
         in_features: int,

@@ -3,6 +3,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from lightning_feat.arguments import checked
 from lightning_feat.functional.neural_collapse.simplex import (
     prototype_cosines,
     simplex_prototypes,
@@ -44,6 +45,7 @@ class SimplexETF(nn.Module):
     scale: Tensor
     sparsity = 0.0
 
+    @checked
     def __init__(
         self,
         in_features: int,
@@ -100,6 +102,7 @@ class SparseETF(SimplexETF):
         sparsity: share of the entries that are zero, below about ``1 - 1 / C - (C - 1) / (2 D)``.
     """
 
+    @checked
     def __init__(
         self,
         in_features: int,

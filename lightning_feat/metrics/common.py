@@ -14,6 +14,7 @@ from torch.linalg import vector_norm
 from torch.nn import Module
 from torchmetrics import Metric
 
+from lightning_feat.arguments import checked
 from lightning_feat.functional.common.class_sums import (
     ClassSums,
     accumulation_device,
@@ -133,6 +134,7 @@ class ClassSumsMetric(SumsMetric):
     outside: Tensor
     roundings: Tensor
 
+    @checked
     def __init__(self, num_classes: int, num_features: int, **kwargs: Any) -> None:
         num_classes, num_features = at_least_one(num_classes=num_classes, num_features=num_features)
         super().__init__(**kwargs)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lightning_feat.arguments import checked
 from lightning_feat.functional.common.class_sums import to_float64
 from lightning_feat.functional.grassmann import geodesic_distance, orthonormality_error, principal_angles
 from lightning_feat.functional.grassmann.angles import pairwise_principal_angles
@@ -98,6 +99,7 @@ class SubspaceAngle(_BasisMetric):
 
     plot_upper_bound = 90.0
 
+    @checked
     def __init__(
         self,
         statistic: Literal["mean", "smallest"] = "mean",
@@ -134,6 +136,7 @@ class SubspaceDistance(_BasisMetric):
         tensor(1.5708, dtype=torch.float64)
     """
 
+    @checked
     def __init__(
         self, start: Tensor | None = None, statistic: Literal["mean", "largest"] = "mean", **kwargs: Any
     ) -> None:

@@ -12,6 +12,7 @@ from torch.nn import Module
 from torchmetrics import Metric
 from torchmetrics.utilities import rank_zero_warn
 
+from lightning_feat.arguments import checked
 from lightning_feat.functional.common.class_sums import GlobalMean
 from lightning_feat.functional.common.second_pass import CenterSums, ClassCenters, center_sums, class_centers
 from lightning_feat.functional.neural_collapse import (
@@ -103,6 +104,7 @@ class NeuralCollapse(ClassSumsMetric):
     projected: Tensor
     residual_squares: Tensor
 
+    @checked
     def __init__(
         self,
         num_classes: int,

@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_feat.arguments import checked
 from lightning_feat.functional.transfer.class_separation import (
     PairAngleSums,
     add_direction_sums_,
@@ -63,6 +64,7 @@ class WithinClassVariability(SumsMetric):
     angles: Tensor
     pairs: Tensor
 
+    @checked
     def __init__(self, num_classes: int, num_features: int | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         (self.num_classes,) = at_least_one(num_classes=num_classes)

@@ -7,6 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
+from lightning_feat.arguments import checked
 from lightning_feat.callbacks.feature_shift.figures import draw_shifts
 from lightning_feat.callbacks.feature_shift.regularizer import FeatureShiftRegularizer
 from lightning_feat.callbacks.reports.curves import Points
@@ -72,6 +73,7 @@ class FeatureShiftMonitor(Callback):
         forward: ``forward(module, batch)`` that runs the network, where the reference cannot run it by itself.
     """
 
+    @checked
     def __init__(
         self,
         layers: str | Sequence[str] | None = None,

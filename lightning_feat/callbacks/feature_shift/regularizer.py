@@ -6,6 +6,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from lightning_feat.arguments import checked
 from lightning_feat.functional.feature_shift import (
     cosine_shift,
     feature_distillation,
@@ -91,6 +92,7 @@ class FeatureShiftRegularizer(Callback):
         backward_index: with manual optimization, which ``manual_backward`` of a step the term joins, from 0.
     """
 
+    @checked
     def __init__(
         self,
         layers: str | Sequence[str] | None = None,

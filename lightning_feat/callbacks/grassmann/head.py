@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_feat.arguments import checked
 from lightning_feat.functional.grassmann import orthonormality_error
 from lightning_feat.functional.grassmann.angles import pairwise_principal_angles
 from lightning_feat.joints.data.processes import full_tensor
@@ -61,6 +62,7 @@ class GrassmannHead(Callback):
             were drawn, and the optimizer starts anew. Else such a checkpoint is an error.
     """
 
+    @checked
     def __init__(
         self,
         subspace_dim: int = 8,

@@ -6,6 +6,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch import Tensor
 
+from lightning_feat.arguments import checked
 from lightning_feat.callbacks.grassmann.exact_pass import SeparationReading
 from lightning_feat.callbacks.grassmann.figures import draw_angles
 from lightning_feat.callbacks.grassmann.head import GrassmannHead
@@ -70,6 +71,7 @@ class GrassmannMonitor(Callback):
             without it padding counts.
     """
 
+    @checked
     def __init__(
         self,
         layer: str | None = None,

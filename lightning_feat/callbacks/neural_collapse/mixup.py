@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Subset
 from torchmetrics.classification import MulticlassCalibrationError
 
+from lightning_feat.arguments import checked
 from lightning_feat.functional.common.class_sums import ClassSums, class_means, class_sums
 from lightning_feat.functional.neural_collapse.mixup import MixSums, draw_pairs, mix_measures, mix_sums
 from lightning_feat.joints.data.epoch_ends import EpochEnds, back_in_last_epoch
@@ -61,6 +62,7 @@ class MixupGeometryMonitor(Callback):
             ``joints.data.ways``.
     """
 
+    @checked
     def __init__(
         self,
         layer: str | None = None,

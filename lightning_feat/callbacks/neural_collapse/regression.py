@@ -5,6 +5,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
+from lightning_feat.arguments import checked
 from lightning_feat.functional.neural_collapse.regression import nrc1, nrc2, nrc3, nrc3_best_gamma, target_covariance
 from lightning_feat.joints.data.epoch_ends import EpochEnds, back_in_last_epoch
 from lightning_feat.joints.data.passes import clean_loader, try_first_batch
@@ -40,6 +41,7 @@ class RegressionCollapseMonitor(Callback):
             ``joints.data.ways``.
     """
 
+    @checked
     def __init__(
         self,
         head: str | None = None,

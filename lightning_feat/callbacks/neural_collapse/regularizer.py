@@ -6,6 +6,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
+from lightning_feat.arguments import checked
 from lightning_feat.functional.neural_collapse.losses import (
     PushVariant,
     between_class_push,
@@ -64,6 +65,7 @@ class NeuralCollapseRegularizer(Regularizer):
         backward_index: with manual optimization, which ``manual_backward`` of a step the terms join, from 0.
     """
 
+    @checked
     def __init__(
         self,
         pull_weight: Weight = 0.01,

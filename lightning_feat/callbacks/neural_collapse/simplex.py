@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_feat.arguments import checked
 from lightning_feat.functional.common.class_sums import check_target_range
 from lightning_feat.functional.neural_collapse.losses import balanced_lengths, cut_gradient, dot_regression
 from lightning_feat.joints.features.batches import TargetKey, class_indices, targets_of
@@ -54,6 +55,7 @@ class SimplexETFHead(Callback):
             anew. Else such a checkpoint is an error.
     """
 
+    @checked
     def __init__(
         self,
         scale: float = 25.0,
@@ -147,6 +149,7 @@ class DotRegressionRegularizer(Regularizer):
         backward_index: with manual optimization, which ``manual_backward`` of a step the term joins, from 0.
     """
 
+    @checked
     def __init__(
         self,
         weight: Weight = 1.0,

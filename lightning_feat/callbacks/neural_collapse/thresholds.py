@@ -6,6 +6,7 @@ from typing import Literal
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from lightning_feat.arguments import check_fields
 from lightning_feat.functional.neural_collapse import known_measures
 
 
@@ -33,11 +34,7 @@ class CollapseThreshold:
     data: Literal["train", "val"] | None = None
 
     def __post_init__(self) -> None:
-        if self.direction not in ("below", "above") or self.action not in ("warn", "stop"):
-            raise ValueError(
-                f"direction={self.direction!r}, action={self.action!r}: choose 'below' or 'above', and 'warn' or "
-                "'stop'."
-            )
+        check_fields(self)
         if self.measure not in known_measures():
             near = ", ".join(get_close_matches(self.measure, known_measures(), n=3, cutoff=0.3))
             raise ValueError(f"there is no measure {self.measure!r}{': did you mean ' + near if near else ''}?")

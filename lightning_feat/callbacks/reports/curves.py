@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_feat.arguments import check_fields, checked
 from lightning_feat.callbacks.reports.figures import COLOURS, folder_for_figures, publish_figure
 from lightning_feat.callbacks.reports.history import MetricHistory, select, unmatched
 
@@ -39,6 +40,9 @@ class Panel:
     log_scale: bool = False
     scale: float = 1.0
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
 
 class CurvePlotter(MetricHistory):
     """Draw logged metrics against the epoch into a figure when fitting ends, also early, interrupted or by an error.
@@ -55,6 +59,7 @@ class CurvePlotter(MetricHistory):
         >>> plotter = CurvePlotter([Panel(["val/accuracy"], "validation accuracy (%)", scale=100)])
     """
 
+    @checked
     def __init__(self, panels: list[Panel] | None = None, filename: str = "curves.png") -> None:
         super().__init__()
         if panels is not None and not panels:

@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from lightning_feat.arguments import checked
 from lightning_feat.joints.run.spared import run_spared
 
 
@@ -25,6 +26,7 @@ class MetricHistory(Callback):
     interrupted or broken off by an error. What goes wrong in it becomes a warning: a report is not worth a run.
     """
 
+    @checked
     def __init__(self) -> None:
         self.points: dict[str, list[tuple[float, float]]] = {}
         self._last: dict[str, Tensor] = {}

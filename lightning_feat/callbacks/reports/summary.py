@@ -4,6 +4,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_feat.arguments import checked
 from lightning_feat.callbacks.reports.history import MetricHistory, Selection, select, unmatched
 
 
@@ -19,6 +20,7 @@ class SummaryTable(MetricHistory):
         title: shown above the table; of two tables in one run each needs its own.
     """
 
+    @checked
     def __init__(self, metrics: list[str] | dict[str, str] | None = None, title: str = "Summary") -> None:
         super().__init__()
         if metrics is not None and not metrics:

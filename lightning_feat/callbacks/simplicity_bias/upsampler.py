@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lightning_feat.arguments import checked
 from lightning_feat.callbacks.data_plan import DataPlan
 from lightning_feat.callbacks.simplicity_bias.loss_knee import LossKnee
 from lightning_feat.callbacks.simplicity_bias.slow_loss import SlowLossTerm
@@ -90,6 +91,7 @@ class SimplicityBiasUpsampler(DataPlan):
     bytes of outputs in the memory of the host.
     """
 
+    @checked
     def __init__(
         self,
         separating_epoch: float | int | Literal["knee"] = 0.05,

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lightning_feat.arguments import checked
 from lightning_feat.functional.transfer.probe import (
     PENALTIES,
     LinearProbeResult,
@@ -70,6 +71,7 @@ class LinearProbe(Callback):
         result: of the last probe, with the chosen penalty and the validation curve; None before.
     """
 
+    @checked
     def __init__(
         self,
         layer: str | None = None,

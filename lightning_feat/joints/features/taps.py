@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_feat.arguments import checked
 from lightning_feat.joints.features.heads import find_classifier, forget_compiled_code
 
 Pooling: TypeAlias = Literal["mean", "max", "first", "flatten", "tokens", "channels_last_mean"]
@@ -37,6 +38,7 @@ class FeatureTap:
         classifier: dotted name of the classifier, where ``layer`` is None and it cannot be found.
     """
 
+    @checked
     def __init__(
         self,
         layer: str | None = None,

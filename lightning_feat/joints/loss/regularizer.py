@@ -1,6 +1,7 @@
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
+from lightning_feat.arguments import checked
 from lightning_feat.joints.loss.engine import add_loss_term, remove_loss_term
 from lightning_feat.joints.loss.terms import LossTerm
 from lightning_feat.joints.module.brings_parameters import BringsParameters
@@ -11,6 +12,7 @@ class Regularizer(BringsParameters):
     Subclasses build the terms; this class brings them in and out.
     """
 
+    @checked
     def __init__(self, term: LossTerm) -> None:
         self.term = term
 

@@ -14,6 +14,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_feat.arguments import check_fields
 from lightning_feat.joints.features.batches import TargetKey, class_indices, targets_of
 from lightning_feat.joints.features.taps import FeatureTap
 
@@ -43,6 +44,7 @@ class WeightSchedule:
     every_n_batches: int = 1
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not math.isfinite(self.peak):
             raise ValueError(f"a loss weight must be finite, got {self.peak}.")
         if self.warmup_epochs < 0 or self.start_epoch < 0 or self.every_n_batches < 1:

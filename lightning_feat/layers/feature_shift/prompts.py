@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
+from lightning_feat.arguments import checked
 from lightning_feat.functional.feature_shift.prompt_gram import (
     exact_dtype,
     gram_consistency_loss,
@@ -80,6 +81,7 @@ class DeepPrompts(nn.Module):
     text_gram_start: Tensor
     image_gram_start: Tensor
 
+    @checked
     def __init__(
         self,
         coupling: Coupling = "maple",

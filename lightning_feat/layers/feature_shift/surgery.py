@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from lightning_feat.arguments import checked
 from lightning_feat.layers.feature_shift.insertion import Insertion, Tower, Towers
 
 
@@ -37,6 +38,7 @@ class SurgeryBlock(nn.Module):
     ratio: Tensor
     strengthened: Tensor
 
+    @checked
     def __init__(self, num_features: int, ratio: float = 0.1, expansion: int = 4) -> None:
         super().__init__()
         if num_features < 1 or expansion < 1:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_feat.arguments import checked
 from lightning_feat.functional.grassmann import geodesic_
 from lightning_feat.layers.grassmann import GrassmannLinear, local_part
 from lightning_feat.optim.grassmann.around import Gradients, Held, WithoutDecay
@@ -47,6 +48,7 @@ class SubspaceStep:
         steps: optimizer steps that were followed so far.
     """
 
+    @checked
     def __init__(
         self,
         optimizer: Optimizer,
