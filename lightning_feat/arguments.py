@@ -180,7 +180,10 @@ def _collection(value: Any, kind: Any, entries: tuple[Any, ...]) -> Any:
         hints = entries or (Any,) * len(value)
     else:
         hints = (entries[0] if entries else Any,) * len(value)
-    fitted = [_fitted(entry, hint) for entry, hint in zip(value, hints, strict=True)]
+    if hints and hints[0] in (int, str) and all(type(entry) is hint for entry, hint in zip(value, hints, strict=True)):
+        fitted = [*value]  # a plan has a number for each of a million examples
+    else:
+        fitted = [_fitted(entry, hint) for entry, hint in zip(value, hints, strict=True)]
     if any(entry is _REFUSED for entry in fitted):
         return _REFUSED
     unchanged = all(new is old for new, old in zip(fitted, value, strict=True))
@@ -215,7 +218,7 @@ def _word(hint: Any) -> str:
         return _WORDS[hint]
     kind, entries = get_origin(hint) or hint, get_args(hint)
     if kind in _COLLECTIONS:
-        inner = " or ".join(_PLURAL.get(option, _word(option)) for option in _options(entries[0])) if entries else ""
+        inner = " or ".join(_plural(option) for option in _options(entries[0])) if entries else ""
         return f"a list of {inner}" if inner else "a list"
     if kind in _MAPPINGS:
         return "a dict"
@@ -223,6 +226,11 @@ def _word(hint: Any) -> str:
         return "a function"
     name = getattr(kind, "__name__", str(kind))
     return f"{'an' if name[:1] in 'AEIOU' else 'a'} {name}"
+
+
+def _plural(hint: Any) -> str:
+    word = _PLURAL.get(hint, _word(hint))
+    return f"lists{word.removeprefix('a list')}" if word.startswith("a list") else word.removeprefix("a ")
 
 
 def _listed(parts: list[str]) -> str:

@@ -105,8 +105,6 @@ class UnconstrainedFeatures(Baseline):
         self.save_hyperparameters()
         if (counts is None) == (outputs is None):
             raise ValueError("give either counts, for a classifier, or outputs, for regression.")
-        if loss not in ("ce", "mse"):
-            raise ValueError(f"loss={loss!r}: choose 'ce' or 'mse'.")
         if outputs is not None and loss == "ce":
             raise ValueError("outputs need loss='mse': cross-entropy is for classes.")
         if min(num_features, num_layers, 20 if iterations is None else iterations) < 1:

@@ -92,8 +92,6 @@ class CaptionedDigitsDataModule(PartsDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__(batch_size, num_workers, "picture")
-        if task not in ("classes", "pairs"):
-            raise ValueError(f"task={task!r}: choose 'classes' or 'pairs'.")
         if min(test_per_class, num_pairs) < 1:
             raise ValueError(f"{test_per_class=} and {num_pairs=} must be at least 1.")
         if not 1 <= shots <= 16:

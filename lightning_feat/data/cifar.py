@@ -6,7 +6,7 @@ Shapes: N images.
 """
 
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,8 +71,6 @@ class CifarDataModule(PartsDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__(batch_size, num_workers, "image")
-        if name not in get_args(Name):
-            raise ValueError(f"name={name!r}: choose 'cifar10' or 'cifar100'.")
         if not 0 <= padding <= 32:
             raise ValueError(f"padding={padding}: images have 32 x 32 pixels, so give 0 to 32.")
         check_share("val_fraction", val_fraction)

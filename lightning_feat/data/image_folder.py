@@ -85,8 +85,6 @@ class ImageFolderDataModule(PartsDataModule):
             raise ValueError(f"{crop_pct=} and {min_scale=}: give shares in (0, 1].")
         if color_jitter < 0 or not 0 <= random_erasing <= 1:
             raise ValueError(f"{color_jitter=} cannot be negative, and {random_erasing=} is a probability.")
-        if interpolation not in ("bilinear", "bicubic"):
-            raise ValueError(f"{interpolation=}: choose 'bilinear' or 'bicubic'.")
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
             raise ValueError(f"{mean=} and {std=}: give three numbers each, one a channel, the latter positive.")
         self.root = Path(root)

@@ -5,8 +5,6 @@ from typing import Any, Generic, TypeVar
 
 from torch.utils.data import Dataset, IterableDataset
 
-from lightning_feat.arguments import checked
-
 T_co = TypeVar("T_co", covariant=True)
 
 
@@ -29,7 +27,6 @@ class IndexedDataset(Dataset[tuple[T_co, int]], Generic[T_co]):
         ('b', 1)
     """
 
-    @checked
     def __init__(self, dataset: Dataset[T_co] | Sequence[T_co]) -> None:
         if isinstance(dataset, IterableDataset):
             raise ValueError(

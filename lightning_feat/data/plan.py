@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -51,8 +51,6 @@ class PlanSampler(DistributedSampler[Any]):
         seed: int = 0,
         skip: int = 0,
     ) -> None:
-        if length not in get_args(Length):
-            raise ValueError(f"length={length!r}: choose 'grow' or 'keep'.")
         self.counts = _checked(counts)
         super().__init__(range(len(self.counts)), num_replicas, rank, seed=seed)  # type: ignore[arg-type]
         self.length = length

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_feat.baselines import MLPClassifier, TimmClassifier
+from lightning_feat.baselines.baseline import Baseline
 from lightning_feat.baselines.classifier import Classifier
 
 
@@ -199,4 +200,4 @@ def test_bad_argument_is_refused_by_name(arguments, message):
 
 
 def test_base_is_a_plain_lightning_module():
-    assert Classifier.__mro__[1] is LightningModule
+    assert Classifier.__mro__[1:3] == (Baseline, LightningModule)

@@ -171,7 +171,7 @@ def test_a_copy_trains_its_own_features(tmp_path):
         ({}, "either counts"),
         ({"counts": [3, 2], "outputs": [[1.0]], "loss": "mse"}, "either counts"),
         ({"outputs": [[1.0]]}, "outputs need loss='mse'"),
-        ({"outputs": [1.0, 2.0], "loss": "mse"}, r"outputs must be \(N, C\) numbers, got shape \(2,\)"),
+        ({"outputs": [1.0, 2.0], "loss": "mse"}, "give a list of lists of numbers or None"),
         ({"counts": [3, 2], "loss": "hinge"}, "loss='hinge': choose 'ce' or 'mse'"),
         ({"counts": [3]}, r"counts=\[3\]: give at least two classes"),
         ({"counts": [3, 0]}, r"counts=\[3, 0\]"),

@@ -224,7 +224,7 @@ def test_index_is_the_position_in_the_part():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"kind": "color"}, "kind='color': choose one of 'colour', 'texture'"),
+        ({"kind": "color"}, "kind='color': choose 'colour' or 'texture'"),
         ({"otherwise": "random"}, "otherwise='random'"),
         ({"test_variant": "all"}, "test_variant='all'"),
         ({"train_strength": 1.5}, "train_strength=1.5"),

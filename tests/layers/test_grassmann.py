@@ -53,7 +53,7 @@ def test_features_of_any_leading_shape():
     [
         ({"subspace_dim": 0}, "subspace_dim=0 must lie between 1 and the width of the features, 12"),
         ({"subspace_dim": 13}, "subspace_dim=13 must lie between"),
-        ({"subspace_dim": [1, 2, 3, 1, 2]}, "all classes share one whole number"),
+        ({"subspace_dim": [1, 2, 3, 1, 2]}, "give a whole number"),
         ({"num_classes": 0}, "at least one class"),
         ({"scale": 0.0}, "scale=0.0 must be positive"),
     ],

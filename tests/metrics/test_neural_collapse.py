@@ -255,7 +255,7 @@ def test_the_order_of_the_passes_is_enforced():
 
 
 def test_arguments_that_cannot_be_are_named():
-    with pytest.raises(ValueError, match="'classes' or 'samples', got 'median'"):
+    with pytest.raises(ValueError, match="global_mean='median': choose 'classes' or 'samples'"):
         NeuralCollapse(C, D, global_mean="median")
     with pytest.raises(ValueError, match="num_classes=0"):
         NeuralCollapse(0, D)

@@ -90,10 +90,6 @@ class FeatureShiftMonitor(Callback):
         start: str | None = None,
         forward: Forward | None = None,
     ) -> None:
-        if data not in ("train", "val") or reference not in ("start", "without_prompts"):
-            raise ValueError(
-                f"data={data!r}, reference={reference!r}: choose 'train' or 'val', and 'start' or 'without_prompts'."
-            )
         if every_n_batches < 1:
             raise ValueError(f"every_n_batches={every_n_batches} must be at least 1.")
         self.without_prompts = reference == "without_prompts"

@@ -113,10 +113,6 @@ class FeatureShiftRegularizer(Callback):
         new_weight: float = 0.0,
         backward_index: int = 0,
     ) -> None:
-        if form not in (*PENALTIES, "l2_sp", "consistency"):
-            raise ValueError(f"form={form!r}: choose 'relative', 'distillation', 'cosine', 'l2_sp' or 'consistency'.")
-        if reference not in ("live", "cached", "without_prompts"):
-            raise ValueError(f"reference={reference!r}: choose 'live', 'cached' or 'without_prompts'.")
         schedule = weight if isinstance(weight, WeightSchedule) else WeightSchedule(float(weight))
         if schedule.peak < 0 or new_weight < 0:
             raise ValueError(f"weight={schedule.peak} and {new_weight=}: neither can be negative.")

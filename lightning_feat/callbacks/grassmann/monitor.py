@@ -88,8 +88,6 @@ class GrassmannMonitor(Callback):
         forward: Forward | None = None,
         mask_key: TargetKey = None,
     ) -> None:
-        if mode not in ("online", "exact") or data not in ("train", "val"):
-            raise ValueError(f"mode={mode!r}, data={data!r}: choose 'online' or 'exact', and 'train' or 'val'.")
         if mode == "online" and data == "val":
             raise ValueError("the online mode sees training batches only: for data='val' choose mode='exact'.")
         smallest = 1 if max_samples_per_class is None else max_samples_per_class - 1

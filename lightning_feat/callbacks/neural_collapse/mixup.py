@@ -75,8 +75,6 @@ class MixupGeometryMonitor(Callback):
         target_key: TargetKey = None,
         forward: Forward | None = None,
     ) -> None:
-        if data not in ("train", "val"):
-            raise ValueError(f"data={data!r}: choose 'train' or 'val'.")
         if not shares or not all(0 < share < 1 for share in shares):
             raise ValueError(f"shares={list(shares)}: give at least one, each strictly between 0 and 1.")
         if num_pairs < 1 or every_n_epochs < 1 or num_bins < 1:
@@ -84,7 +82,8 @@ class MixupGeometryMonitor(Callback):
         self.layer, self.data, self.shares = layer, data, tuple(shares)
         self.num_pairs, self.every_n_epochs, self.seed, self.num_bins = num_pairs, every_n_epochs, seed, num_bins
         self.target_key = target_key
-        self.inputs, self.outputs = FeatureTap(layer, read="input"), FeatureTap(layer)  # of the classifier
+        self.inputs = FeatureTap(layer, "input", pools=False)  # of the classifier
+        self.outputs = FeatureTap(layer, pools=False)
         self.ends = EpochEnds(every_n_epochs)
         self.ways = Ways(None if forward is None else _OnInputs(forward), self.state_key)
         self.nonfinite = NonfiniteWatch(self.state_key, "; what is made of them is nan")
@@ -103,7 +102,7 @@ class MixupGeometryMonitor(Callback):
         self.ends.begin()
         self.ways.begin()
         self.inputs.attach(pl_module)
-        self.outputs = FeatureTap(name, read="output")
+        self.outputs = FeatureTap(name, "output", pools=False)
         self.outputs.attach(pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -13,10 +13,10 @@ from lightning_feat.joints.data.processes import full_tensor, gather_samples
 from lightning_feat.joints.data.shared_pass import Again, read_clean
 from lightning_feat.joints.data.ways import Forward, Ways
 from lightning_feat.joints.features.batches import TargetKey, targets_of
-from lightning_feat.joints.features.heads import find_classifier
 from lightning_feat.joints.features.nonfinite import NonfiniteWatch
-from lightning_feat.joints.features.taps import FeatureTap, find_layer
+from lightning_feat.joints.features.taps import FeatureTap
 from lightning_feat.joints.features.weights import read_weight
+from lightning_feat.joints.module.head_swap import named_or_found
 from lightning_feat.joints.run.twins import refuse_twin
 
 
@@ -51,11 +51,9 @@ class RegressionCollapseMonitor(Callback):
         target_key: TargetKey = None,
         forward: Forward | None = None,
     ) -> None:
-        if data not in ("train", "val"):
-            raise ValueError(f"data={data!r}: choose 'train' or 'val'.")
         if every_n_epochs < 1:
             raise ValueError(f"every_n_epochs={every_n_epochs} must be at least 1.")
-        self.tap = FeatureTap(head, "input")
+        self.tap = FeatureTap(head, "input", pools=False, asks="head")
         self.data, self.every_n_epochs, self.centered = data, every_n_epochs, centered
         self.target_key = target_key
         self.ends, self.ways = EpochEnds(every_n_epochs), Ways(forward, self.state_key)
@@ -133,10 +131,11 @@ class RegressionCollapseMonitor(Callback):
 
     def _head(self, module: LightningModule) -> nn.Linear:
         name = self.tap.layer
-        head = find_classifier(module)[1] if name is None else find_layer(module, name)
+        head = named_or_found(module, name, "head")[1]
         if not isinstance(head, nn.Linear):
             raise ValueError(
-                f"{self.state_key}: the last layer is a {type(head).__name__}, but must be an nn.Linear: set head."
+                f"{self.state_key}: the last layer is a {type(head).__name__}, but must be an nn.Linear: name it "
+                "(argument `head`)."
             )
         return head
 

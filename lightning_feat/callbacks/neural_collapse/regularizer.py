@@ -147,7 +147,10 @@ class NeuralCollapseRegularizer(Regularizer):
 
 
 def _asked_of_classifier(pl_module: LightningModule, attribute: str, argument: str) -> int:
-    name, classifier = find_classifier(pl_module)
+    try:
+        name, classifier = find_classifier(pl_module, "layer` with `read='input'")
+    except ValueError as error:
+        raise ValueError(f"{error} Then set num_classes and num_features, too.") from None
     size = getattr(classifier, attribute, None)
     if not isinstance(size, int):
         raise ValueError(f"the classifier {name}, a {type(classifier).__name__}, has no {attribute}: set {argument}.")

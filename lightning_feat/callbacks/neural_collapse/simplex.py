@@ -220,7 +220,7 @@ class _HeadTap(FeatureTap):
     """Hears the input of the fixed head, knows the head, and can keep gradients out of it."""
 
     def __init__(self, layer: str | None, detach: bool) -> None:
-        super().__init__(layer, read="input", keep_graph=True)
+        super().__init__(layer, read="input", keep_graph=True, pools=False)
         self.detach = detach
         self.head: SimplexETF | None = None
         self._detaching: RemovableHandle | None = None

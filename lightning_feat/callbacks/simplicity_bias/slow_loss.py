@@ -28,7 +28,7 @@ class SlowLossTerm(LossTerm):
     """
 
     def __init__(self, layer: str | None, factor: int, criterion: Criterion | None, target_key: TargetKey) -> None:
-        super().__init__("upsampling", 0.0, [FeatureTap(layer, "output", keep_graph=True)])
+        super().__init__("upsampling", 0.0, [FeatureTap(layer, "output", keep_graph=True, pools=False)])
         self.factor, self.criterion, self.target_key = factor, criterion, target_key
         self.slow: Tensor | None = None
         self._dealt: tuple[Any, int, Tensor] = _NOTHING  # a sampler, an epoch, and what this process sees in it

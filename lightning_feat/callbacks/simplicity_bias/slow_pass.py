@@ -78,8 +78,8 @@ class SlowPass:
         self.target_key, self.half = target_key, half
         self.ways = Ways(forward, "SimplicityBiasUpsampler")
         self.num_classes = 0  # seen in a batch
-        self.logits = FeatureTap(layer, "output")
-        self.features = FeatureTap(layer, "input")
+        self.logits = FeatureTap(layer, "output", pools=False)
+        self.features = FeatureTap(layer, "input", pools=False)
 
     def attach(self, module: LightningModule) -> None:
         """Hook the classifier."""

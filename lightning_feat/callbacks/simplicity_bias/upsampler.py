@@ -1,6 +1,6 @@
 import os
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import LightningModule, Trainer
@@ -122,10 +122,7 @@ class SimplicityBiasUpsampler(DataPlan):
                 f"separating_epoch={separating_epoch!r}: give a share of the epochs between 0 and 1, a whole number of "
                 "epochs, or 'knee'."
             )
-        for name, value, known in (("choose", choose, Choose), ("outputs", outputs, Outputs)):
-            if value not in get_args(known):
-                raise ValueError(f"{name}={value!r}: choose one of {', '.join(get_args(known))}.")
-        if show not in ("copies", "weights") or (show == "weights" and loader is not None):
+        if show == "weights" and loader is not None:
             raise ValueError(f"{show=}, {loader=}: choose 'copies' or, with one training loader, 'weights'.")
         if factor < 2:
             raise ValueError(f"factor={factor} must be at least 2: how often a slow example is shown.")

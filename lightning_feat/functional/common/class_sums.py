@@ -71,7 +71,8 @@ def check_batch(features: Tensor, targets: Tensor, num_classes: int, weights: Te
     if soft and targets.numel() and ((targets.double().sum(1) - 1).abs().max() > 2e-2 or targets.min() < 0):
         raise ValueError(  # 2e-2: rows that were rounded to bfloat16
             f"rows of soft targets must be non-negative and sum to one; the sums lie between "
-            f"{float(targets.sum(1).min()):.4g} and {float(targets.sum(1).max()):.4g}: apply softmax to logits first."
+            f"{float(targets.sum(1).min()):.4g} and {float(targets.sum(1).max()):.4g}. Of logits take the softmax; "
+            "where samples have several labels at once, choose one for each."
         )
     if not soft and targets.device.type == "cpu":
         check_target_range(targets, num_classes)

@@ -14,7 +14,7 @@ TargetKey: TypeAlias = int | Callable[[Any], Tensor] | str | None
 TARGET_NAMES = ("label", "labels", "target", "targets", "y")
 
 
-def targets_of(batch: Any, target_key: TargetKey = None) -> Tensor:
+def targets_of(batch: Any, target_key: TargetKey = None, argument: str = "target_key") -> Tensor:
     """The targets of a batch, as they are: class indices ``(N,)``, per token ``(N, T)``, or soft labels ``(N, C)``.
 
     Args:
@@ -22,6 +22,7 @@ def targets_of(batch: Any, target_key: TargetKey = None) -> Tensor:
         target_key: a position in a tuple or list, a key of a dict, an attribute, or a function of the batch. None
             looks for ``label(s)``, ``target(s)`` or ``y`` in a dict, the second entry of a tuple or list, an
             attribute of those names.
+        argument: what the user knows the key as, for an error: masks and indices are looked up in the same way.
 
     Raises:
         ValueError: if there are no targets to be found, or several that could be meant; the message shows the batch.
@@ -29,12 +30,13 @@ def targets_of(batch: Any, target_key: TargetKey = None) -> Tensor:
     if callable(target_key):
         found = target_key(batch)
     elif target_key is not None:
-        found = _entry(batch, target_key)
+        found = _entry(batch, target_key, argument)
     else:
         found = _guess(batch)
     if not isinstance(found, Tensor):
         raise ValueError(
-            f"the targets are {describe(found)}, not a tensor, in a batch of {describe(batch)}: set target_key."
+            f"{'the targets are' if argument == 'target_key' else f'{argument} leads to'} {describe(found)}, not a "
+            f"tensor, in a batch of {describe(batch)}: set {argument}."
         )
     return found
 
@@ -45,12 +47,7 @@ def mask_of(batch: Any, mask_key: TargetKey) -> Tensor | None:
     """
     if mask_key is None:
         return None
-    try:
-        mask = targets_of(batch, mask_key)
-    except ValueError as error:
-        raise ValueError(
-            str(error).replace("target_key", "mask_key").replace("the targets are", "the mask is")
-        ) from None
+    mask = targets_of(batch, mask_key, "mask_key")
     if mask.ndim != 2:
         raise ValueError(
             f"mask_key={mask_key!r} leads to {describe(mask)}, but a mask (N, T) is needed, of the tokens that count."
@@ -77,24 +74,50 @@ def class_indices(targets: Tensor, num_samples: int, where: str = "the targets",
         ValueError: if the targets are not integers, or their number does not divide ``num_samples``.
     """
     if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
-        hint = "soft labels of shape (N, C)" if targets.ndim == 2 else f"{targets.dtype}"
+        hint = _kind_of_rows(targets) or f"{targets.dtype}"
+        advice = _SEVERAL if hint == _MULTI_LABEL else _INDICES
         raise ValueError(
-            f"{where} are {hint}, but integer class indices are needed (rounding would hide an error): give a "
-            "target_key that leads to class indices, for example a function such as `lambda batch: "
-            "batch[1].argmax(1)`."
+            f"{where} are {hint}, but integer class indices are needed (rounding would hide an error): {advice}"
         )
     flat = targets.reshape(-1)
     if flat.numel() == 0 and num_samples == 0:
         return flat.long()
     if flat.numel() == 0 or num_samples % flat.numel() or not (views or flat.numel() == num_samples):
+        hint = _kind_of_rows(targets) if len(targets) == num_samples else ""
+        advice = (
+            "choose a pooling ('tokens' where each token has a target), or a target_key that leads to one target per "
+            "sample."
+        )
+        if hint:
+            advice = f"they look like {hint}. {(_SEVERAL if hint == _MULTI_LABEL else _INDICES).capitalize()}"
         raise ValueError(
-            f"{where} have shape {tuple(targets.shape)}, which does not fit {num_samples} samples of features: choose "
-            "a pooling ('tokens' where each token has a target), or a target_key that leads to one target per sample."
+            f"{where} have shape {tuple(targets.shape)}, which does not fit {num_samples} samples of features: {advice}"
         )
     return flat.long().repeat(num_samples // flat.numel())
 
 
-def _entry(batch: Any, key: int | str) -> Any:
+_MULTI_LABEL = "labels of several classes at once (multi-label)"
+_SEVERAL = (
+    "what is measured here needs one class for each sample, so give a target_key that leads to one, such as the "
+    "presence of a single label: `lambda batch: batch[1][:, 0].long()`."
+)
+_INDICES = (
+    "give a target_key that leads to class indices, for example a function such as `lambda batch: batch[1].argmax(1)`."
+)
+
+
+def _kind_of_rows(targets: Tensor) -> str:
+    """What targets ``(N, C)`` are by their values, in words; nothing where they are not of a kind known."""
+    if targets.ndim != 2 or targets.shape[1] < 2 or not targets.numel() or targets.is_complex():
+        return ""
+    values = targets.double()
+    whole = bool(((values == 0) | (values == 1)).all())
+    if whole:
+        return "one-hot labels" if bool((values.sum(1) == 1).all()) else _MULTI_LABEL
+    return "soft labels of shape (N, C)" if targets.is_floating_point() else ""
+
+
+def _entry(batch: Any, key: int | str, argument: str) -> Any:
     try:
         if isinstance(batch, Mapping):
             return batch[key]
@@ -102,7 +125,7 @@ def _entry(batch: Any, key: int | str) -> Any:
             return batch[key]
         return getattr(batch, str(key))
     except (KeyError, IndexError, AttributeError):
-        raise ValueError(f"target_key={key!r} leads nowhere in a batch of {describe(batch)}.") from None
+        raise ValueError(f"{argument}={key!r} leads nowhere in a batch of {describe(batch)}.") from None
 
 
 def _guess(batch: Any) -> Any:
@@ -122,6 +145,9 @@ def _guess(batch: Any) -> Any:
     return found[0]
 
 
+_MOST = 8  # entries of a tuple to name
+
+
 def describe(value: Any, depth: int = 2) -> str:
     """A batch in words, for a message: its form, and the shapes and dtypes of its tensors."""
     if isinstance(value, Tensor):
@@ -131,7 +157,11 @@ def describe(value: Any, depth: int = 2) -> str:
     if isinstance(value, Mapping):
         return "dict(" + ", ".join(f"{key}: {describe(entry, depth - 1)}" for key, entry in value.items()) + ")"
     if isinstance(value, (tuple, list)):
-        return f"{type(value).__name__}(" + ", ".join(describe(entry, depth - 1) for entry in value) + ")"
+        said = [describe(entry, depth - 1) for entry in value[:_MOST]]
+        if len(value) > 2 and len({type(entry) for entry in value}) == 1 and not isinstance(value[0], Tensor):
+            return f"{type(value).__name__} of {len(value)} {said[0]}"  # strings, say: one for each sample
+        more = [f"{len(value) - _MOST} more"] if len(value) > _MOST else []
+        return f"{type(value).__name__}({', '.join([*said, *more])})"
     fields = {key: entry for key, entry in getattr(value, "__dict__", {}).items() if not key.startswith("_")}
     named = ", ".join(f"{key}: {describe(entry, depth - 1)}" for key, entry in fields.items())
-    return f"{type(value).__name__}({named})"
+    return f"{type(value).__name__}({named})" if named else type(value).__name__

@@ -36,6 +36,8 @@ class FeatureTap:
         pooling: how features that are not ``(N, D)`` become so, see ``pool``. None refuses them.
         keep_graph: keep the features differentiable (for a loss term) instead of detaching them (for a monitor).
         classifier: dotted name of the classifier, where ``layer`` is None and it cannot be found.
+        pools: whether the owner lets its user choose a pooling; else an error does not tell him to.
+        asks: by which argument of its owner a user names the layer, for an error.
     """
 
     @checked
@@ -46,14 +48,14 @@ class FeatureTap:
         pooling: Pooling | None = None,
         keep_graph: bool = False,
         classifier: str | None = None,
+        pools: bool = True,
+        asks: str = "",
     ) -> None:
-        if read not in (None, "input", "output"):
-            raise ValueError(f"read={read!r}: choose 'input' or 'output' of the layer.")
-        if pooling is not None and pooling not in _POOLINGS:
-            raise ValueError(f"pooling={pooling!r}: choose one of {', '.join(_POOLINGS)}, or None for features (N, D).")
         self.layer = layer
         self.read: Read = read or ("input" if layer is None else "output")
-        self._asks = "layer" if read is not None else "layer` with `read='input'"
+        # Named as `layer` alone it would be its output that is read: the logits.
+        self._asks = asks or ("layer" if read is not None else "layer` with `read='input'")
+        self._pools = pools
         self.pooling = pooling
         self.keep_graph = keep_graph
         self.classifier = classifier
@@ -83,7 +85,6 @@ class FeatureTap:
     def find(self, module: nn.Module) -> nn.Module:
         """The layer of ``module``. Raises ``ValueError`` if there is no such layer."""
         if self.layer is None and self.classifier is None:
-            # Named as `layer` alone it would be its output that is read: the logits.
             return find_classifier(module, self._asks)[1]
         return find_layer(module, self.layer if self.layer is not None else str(self.classifier))
 
@@ -119,7 +120,7 @@ class FeatureTap:
                     f"the {self.read} of layer {self.layer or '(classifier)'} is a {type(entry).__name__}, not a "
                     "tensor: name a layer that gives a tensor, or read='input' of the layer that follows."
                 )
-        return torch.cat([pool(entry, self.pooling, f"layer {self.label}", mask) for entry in heard])
+        return torch.cat([pool(entry, self.pooling, f"layer {self.label}", mask, self._pools) for entry in heard])
 
     def _why_nothing(self, ear: "Ear") -> str:
         layer = f"the layer {self.layer or '(classifier)'}"
@@ -225,7 +226,13 @@ def _nearest(name: str, names: list[str], most: int = 4) -> list[str]:
     return list(dict.fromkeys([*same_end, *similar]))[:most]
 
 
-def pool(features: Tensor, pooling: Pooling | None, where: str = "the layer", mask: Tensor | None = None) -> Tensor:
+def pool(
+    features: Tensor,
+    pooling: Pooling | None,
+    where: str = "the layer",
+    mask: Tensor | None = None,
+    choice: bool = True,
+) -> Tensor:
     """Features of any usual shape as ``(N, D)``.
 
     ``(N, D)`` stays, and so does ``(N, C, 1, 1)`` but for its last two axes. Otherwise, of ``(N, T, D)`` tokens or
@@ -239,6 +246,7 @@ def pool(features: Tensor, pooling: Pooling | None, where: str = "the layer", ma
         where: begins the message of an error.
         mask: ``(N, T)``, bool or 0 and 1: the tokens that ``mean`` and ``max`` take, padding left out. Of a sample
             without any the result is zero.
+        choice: whether a pooling can be chosen there, for an error.
 
     Raises:
         ValueError: if a pooling is needed and none is given, the one given does not fit the shape, or the mask does
@@ -253,9 +261,12 @@ def pool(features: Tensor, pooling: Pooling | None, where: str = "the layer", ma
             3: "'mean', 'max', 'first', 'flatten' or 'tokens'",
             4: "'mean', 'max', 'flatten', 'tokens' or 'channels_last_mean'",
         }
+        advice = "name another layer."
+        if choice and features.ndim in fitting:
+            advice = f"set pooling to {fitting[features.ndim]}."
+        given = f" with pooling={pooling!r}" if choice else ""
         raise ValueError(
-            f"{where} gives features of shape {tuple(features.shape)} with pooling={pooling!r}, but (N, D) is needed: "
-            + (f"set pooling to {fitting[features.ndim]}." if features.ndim in fitting else "name another layer.")
+            f"{where} gives features of shape {tuple(features.shape)}{given}, but (N, D) is needed: {advice}"
         )
     if pooling == "flatten":
         return features.flatten(1)
@@ -287,6 +298,3 @@ def _pool_masked(tokens_NTD: Tensor, pooling: Pooling, mask: Tensor, where: str)
     half = tokens_NTD.dtype in (torch.float16, torch.bfloat16)
     total_ND = tokens_NTD.masked_fill(~kept_NT1, 0).sum(1, dtype=torch.float32 if half else tokens_NTD.dtype)
     return total_ND / kept_NT1.sum(1).clamp(min=1)
-
-
-_POOLINGS = ("mean", "max", "first", "flatten", "tokens", "channels_last_mean")

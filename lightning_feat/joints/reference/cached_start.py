@@ -14,8 +14,8 @@ from lightning_feat.joints.data.passes import clean_batches, clean_loader, run_f
 from lightning_feat.joints.data.trace import without_trace
 from lightning_feat.joints.data.ways import Forward, Ways
 from lightning_feat.joints.features.batches import TargetKey, targets_of
-from lightning_feat.joints.features.taps import FeatureTap, Pooling, Read
-from lightning_feat.joints.reference.hearing import silence
+from lightning_feat.joints.features.taps import Pooling, Read
+from lightning_feat.joints.reference.hearing import ComparedTap, silence
 
 _MOST_APART = 0.01  # share of their length by which cached features may differ: rounding, in another batch, of bfloat16
 
@@ -56,7 +56,7 @@ class CachedStart:
             )
         if dtype not in ("float16", "float32"):
             raise ValueError(f"cache_dtype={dtype!r}: choose 'float16' or 'float32'.")
-        self.taps = [FeatureTap(layer, read, pooling) for layer in layers]
+        self.taps = [ComparedTap(layer, read, pooling) for layer in layers]
         self.labels = [tap.label for tap in self.taps]
         self.index_key = index_key
         self.shapes: dict[str, list[tuple[int, ...]]] = {}
@@ -160,7 +160,7 @@ class CachedStart:
                     tap.remove()
 
     def _indices(self, batch: Any) -> Tensor:
-        index = targets_of(batch, self.index_key)
+        index = targets_of(batch, self.index_key, "index_key")
         if index.is_floating_point() or index.ndim != 1:
             raise ValueError(
                 f"index_key={self.index_key!r} leads to {index.dtype} of shape {tuple(index.shape)}, not to one "

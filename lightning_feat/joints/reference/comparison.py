@@ -9,6 +9,7 @@ from torch import Tensor
 from lightning_feat.joints.features.batches import TargetKey, targets_of
 from lightning_feat.joints.features.taps import FeatureTap, Pooling, Read
 from lightning_feat.joints.reference.frozen_start import FrozenStart
+from lightning_feat.joints.reference.hearing import ComparedTap
 
 
 class Reference(Protocol):
@@ -56,7 +57,7 @@ class Comparison:
         mask_key: TargetKey,
         keep_graph: bool,
     ) -> None:
-        self.taps = [FeatureTap(layer, read, pooling, keep_graph) for layer in layers]
+        self.taps = [ComparedTap(layer, read, pooling, keep_graph) for layer in layers]
         self.labels = [tap.label for tap in self.taps]
         self.reference, self.mask_key = reference, mask_key
 
@@ -72,7 +73,7 @@ class Comparison:
         reference = self.reference.features(module, batch)
         for label, calls in self.reference.shapes.items():
             self._refuse_other_path(label, [shape[1:] for shape in shapes[label]], calls)
-        mask = None if self.mask_key is None else targets_of(batch, self.mask_key).bool().flatten()
+        mask = None if self.mask_key is None else targets_of(batch, self.mask_key, "mask_key").bool().flatten()
         return {label: Compared(features, reference[label], mask) for label, features in heard.items()}
 
     def _refuse_other_path(self, label: str, now: list[tuple[int, ...]], then: list[tuple[int, ...]]) -> None:

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from lightning_feat.joints.data.trace import silent_log, without_trace
 from lightning_feat.joints.data.ways import Forward, Ways, forward_inputs
-from lightning_feat.joints.features.heads import find_classifier, forget_compiled_code
+from lightning_feat.joints.features.heads import forget_compiled_code
 from lightning_feat.joints.features.taps import Ear, FeatureTap, Pooling, Read, TapError, find_layer
 from lightning_feat.joints.reference.frozen_copy import FrozenCopy
-from lightning_feat.joints.reference.hearing import AskedTap, precision_of, silence
+from lightning_feat.joints.reference.hearing import AskedTap, find_compared, precision_of, silence
 
 
 class FrozenStart:
@@ -82,7 +82,7 @@ class FrozenStart:
 
     def attach(self, module: nn.Module, like: "FrozenStart | None" = None) -> None:
         """Copy what is not copied yet, and hear what the trunk is called with; ``like`` may lend its copy."""
-        names = [find_classifier(module)[0] if layer is None else layer for layer in self._layers]
+        names = [find_compared(module)[0] if layer is None else layer for layer in self._layers]
         for name in names:
             find_layer(module, name)
         trunk = self._find_trunk(names, module)

@@ -7,6 +7,8 @@ from typing import Any
 from lightning.pytorch import LightningModule
 from torch import nn
 
+from lightning_feat.joints.clip.towers import find_clip_towers
+from lightning_feat.joints.features.heads import find_classifier
 from lightning_feat.joints.features.taps import Ear, FeatureTap
 
 
@@ -16,6 +18,31 @@ class AskedTap(FeatureTap):
     @property
     def has_heard(self) -> bool:
         return self._ear is not None and bool(self._ear.heard)
+
+
+class ComparedTap(FeatureTap):
+    """Of a layer that is held beside its reference."""
+
+    def find(self, module: nn.Module) -> nn.Module:
+        return super().find(module) if self.layer is not None else find_compared(module)[1]
+
+
+def find_compared(module: nn.Module) -> tuple[str, nn.Module]:
+    """The classifier, whose input is compared where no layers are named. The question, where there is none, is for the
+    callbacks of feature shift.
+    """
+    try:
+        return find_classifier(module, "layers` with `read='input'")
+    except ValueError as error:
+        try:
+            towers = find_clip_towers(module)
+        except ValueError:
+            raise error from None
+        text, image = towers.text.block_names[-1], towers.image.block_names[-1]
+        raise ValueError(
+            f"{type(module).__name__} has two towers and no layer that is plainly a classifier: name blocks of both, "
+            f"as text_layers=[{text!r}] and image_layers=[{image!r}], in place of layers."
+        ) from None
 
 
 class DeafTap(FeatureTap):

@@ -5,7 +5,7 @@ Shapes: N images or texts, T tokens, D width of a tower, n prompts (``length``),
 
 import copy
 from collections.abc import Callable
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -94,8 +94,6 @@ class DeepPrompts(nn.Module):
         first: Tensor | None = None,
     ) -> None:
         super().__init__()
-        if coupling not in get_args(Coupling):
-            raise ValueError(f"coupling={coupling!r}: choose one of {', '.join(get_args(Coupling))}.")
         if coupling != "independent" and (image_depth is not None or image_length is not None):
             raise ValueError(
                 f"image_depth={image_depth}, image_length={image_length} with coupling={coupling!r}: only "

@@ -115,7 +115,9 @@ def test_more_outputs_than_features_are_refused_at_the_start(tmp_path):
 
 
 def test_a_head_that_is_not_linear_is_refused_at_the_start(tmp_path):
-    with pytest.raises(ValueError, match=r"the last layer is a Sequential, but must be an nn\.Linear: set head"):
+    with pytest.raises(
+        ValueError, match=r"the last layer is a Sequential, but must be an nn\.Linear: name it \(argument `head`\)"
+    ):
         trainer(tmp_path, callbacks=[RegressionCollapseMonitor(head="net.body")]).fit(Regression(), DataLoader(data(8)))
 
 

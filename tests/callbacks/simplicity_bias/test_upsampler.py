@@ -392,7 +392,7 @@ class Stream(IterableDataset):
         ({"separating_epoch": 1.5}, {}, "separating_epoch=1.5: give a share"),
         ({"separating_epoch": 0}, {}, "separating_epoch=0: give a share"),
         ({"separating_epoch": "elbow"}, {}, "separating_epoch='elbow'"),
-        ({"choose": "fast"}, {}, "choose='fast': choose one of clusters, loss"),
+        ({"choose": "fast"}, {}, "choose='fast': choose 'clusters', 'loss'"),
         ({"outputs": "tokens"}, {}, "outputs='tokens'"),
         ({"show": "twice"}, {}, "choose 'copies'"),
         ({"factor": 1}, {}, "factor=1 must be at least 2"),

@@ -84,3 +84,31 @@ def test_tokens_need_a_target_each():
     with pytest.raises(ValueError, match="does not fit 6 samples"):
         class_indices(torch.tensor([0, 1]), 6, views=False)
     assert class_indices(torch.tensor([[0, 1], [1, 1]]), 4, views=False).tolist() == [0, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("targets", "num_samples", "said"),
+    [
+        (torch.eye(3), 3, "one-hot labels"),
+        (torch.eye(3).bool(), 3, "one-hot labels"),
+        (torch.eye(3).long(), 3, "they look like one-hot labels"),
+        (torch.ones(4, 3), 4, "several classes at once"),
+        (torch.ones(4, 3).long(), 4, "several classes at once"),
+        (torch.full((4, 2), 0.5), 4, "soft labels"),
+        (torch.ones(4, 3).long(), 8, "choose a pooling"),  # of tokens, perhaps
+        (torch.tensor([[0, 2], [1, 2]]), 2, "choose a pooling"),
+    ],
+)
+def test_labels_of_another_kind_are_called_what_they_are(targets, num_samples, said):
+    with pytest.raises(ValueError, match=said):
+        class_indices(targets, num_samples)
+
+
+def test_a_batch_is_shown_in_a_line_however_many_samples_it_names():
+    with pytest.raises(ValueError, match=r"in a batch of tuple\(Tensor\(64, 2\) float32, list of 64 str\)"):
+        targets_of((torch.zeros(64, 2), ["cat"] * 64))
+
+
+def test_a_key_of_something_else_is_called_by_its_own_name():
+    with pytest.raises(ValueError, match="mask_key='mask' leads nowhere"):
+        targets_of({"x": torch.zeros(2)}, "mask", "mask_key")

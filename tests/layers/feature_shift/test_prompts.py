@@ -334,7 +334,7 @@ def test_towers_of_unlike_depth_are_compared_where_both_have_prompts():
 @pytest.mark.parametrize(
     ("kwargs", "text"),
     [
-        ({"coupling": "joint"}, "coupling='joint': choose one of maple, independent, text, vision"),
+        ({"coupling": "joint"}, "coupling='joint': choose 'maple', 'independent', 'text' or 'vision'"),
         ({"depth": 0}, "text prompts need depth, length and text_width of one or more"),
         ({"coupling": "independent", "image_length": 0}, "image prompts need depth, length and image_width"),
         ({"image_width": None}, "image prompts need"),
