@@ -14,10 +14,9 @@ import os
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence, Set
-from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin
 
-P = ParamSpec("P")
-Owner = TypeVar("Owner")
+Init = TypeVar("Init", bound=Callable[..., None])
 _REFUSED = object()
 _WORDS = {
     int: "a whole number",
@@ -29,7 +28,7 @@ _WORDS = {
 _PLURAL = {int: "whole numbers", float: "numbers", bool: "True or False", str: "strings"}
 
 
-def checked(init: Callable[Concatenate[Owner, P], None]) -> Callable[Concatenate[Owner, P], None]:
+def checked(init: Init) -> Init:
     """Decorate an ``__init__``: its arguments are checked by their annotations, and made plain, before it runs.
 
     ``ValueError`` is raised for one that does not fit. Not for a module whose ``__init__`` calls
@@ -50,7 +49,7 @@ def checked(init: Callable[Concatenate[Owner, P], None]) -> Callable[Concatenate
     signature = inspect.signature(init)
 
     @functools.wraps(init)
-    def wrapper(self: Owner, *args: P.args, **kwargs: P.kwargs) -> None:
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
         try:
             bound = signature.bind(self, *args, **kwargs)
         except TypeError:
@@ -60,7 +59,7 @@ def checked(init: Callable[Concatenate[Owner, P], None]) -> Callable[Concatenate
         init(*bound.args, **bound.kwargs)
 
     wrapper._checks_arguments = True  # type: ignore[attr-defined]
-    return wrapper
+    return cast(Init, wrapper)
 
 
 def check_fields(instance: Any) -> None:

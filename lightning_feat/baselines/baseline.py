@@ -24,8 +24,8 @@ class Baseline(LightningModule):
         super().save_hyperparameters(*args, frame=frame, **kwargs)
         caller = None if frame is None else frame.f_locals.get("__class__")
         for owner in type(self).__mro__:
-            if "__init__" in vars(owner):
-                self._hparams.update(checked_values(owner.__init__, self._hparams, type(self).__name__))
+            if init := vars(owner).get("__init__"):
+                self._hparams.update(checked_values(init, self._hparams, type(self).__name__))
             if owner is caller:
                 break  # what stands further up was given by this one
         self._hparams_initial = copy.deepcopy(self._hparams)  # what loggers get
