@@ -3,7 +3,7 @@
 Shapes: C classes, k dimensions of a subspace, D features, P pairs of classes.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,6 +48,41 @@ def subspace_distances(basis: Tensor, start: Tensor) -> Tensor:
     block = max(1, _BLOCK_BYTES // (basis[0].numel() * basis.element_size()))
     pairs = zip(basis.split(block), start.split(block), strict=True)
     return torch.cat([geodesic_distance(now, then.to(now)) for now, then in pairs])
+
+
+class SubspaceGeometry(NamedTuple):
+    """How class subspaces lie and have moved."""
+
+    angles: Tensor  # (P, k) principal angles of the pairs that were compared, in degrees
+    values: dict[str, Tensor]  # scalars by name: angles in degrees, distances in radians
+
+
+@torch.no_grad()
+def subspace_geometry(
+    basis: Tensor, start: Tensor | None = None, max_pairs: int = 10_000, seed: int = 0, alone: bool = True
+) -> SubspaceGeometry:
+    """All numbers that tell how class subspaces lie to one another, and how far they are from where they started.
+
+    Args:
+        basis: ``(C, k, D)`` with orthonormal rows.
+        start: the basis that they started from; None leaves out ``distance_from_start_mean`` and ``_max``.
+        max_pairs: see :func:`subspace_angles`, of which ``angle_mean`` is the mean.
+        seed: of the pairs.
+        alone: with ``smallest_angle``, of all pairs, which takes longest; False where a ``GrassmannHead`` gives it.
+
+    Returns:
+        What there is: a single class has no angles.
+    """
+    values = {"orthonormality_error": orthonormality_error(basis).max()}
+    if start is not None:
+        distances = subspace_distances(basis, start)
+        values |= {"distance_from_start_mean": distances.mean(), "distance_from_start_max": distances.max()}
+    angles = subspace_angles(basis, max_pairs, seed).rad2deg()
+    if len(angles):
+        values["angle_mean"] = angles.mean()
+        if alone:
+            values["smallest_angle"] = pairwise_principal_angles(basis).min().rad2deg()
+    return SubspaceGeometry(angles, values)
 
 
 class _BasisMetric(SumsMetric):

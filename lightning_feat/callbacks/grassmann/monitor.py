@@ -11,8 +11,6 @@ from lightning_feat.callbacks.grassmann.exact_pass import SeparationReading
 from lightning_feat.callbacks.grassmann.figures import draw_angles
 from lightning_feat.callbacks.grassmann.head import GrassmannHead
 from lightning_feat.callbacks.reports.figures import folder_for_figures, publish_figure
-from lightning_feat.functional.grassmann import orthonormality_error
-from lightning_feat.functional.grassmann.angles import pairwise_principal_angles
 from lightning_feat.joints.data.epoch_ends import EpochEnds, back_in_last_epoch
 from lightning_feat.joints.data.passes import clean_loader, try_first_batch
 from lightning_feat.joints.data.processes import full_tensor, repeated_rows
@@ -26,7 +24,7 @@ from lightning_feat.joints.features.taps import FeatureTap, Pooling, TapError, f
 from lightning_feat.joints.run.spared import run_spared
 from lightning_feat.joints.run.twins import callbacks_of, refuse_twin
 from lightning_feat.layers.grassmann import LOST, GrassmannLinear, off_the_manifold
-from lightning_feat.metrics.grassmann import subspace_angles, subspace_distances
+from lightning_feat.metrics.grassmann import subspace_geometry
 from lightning_feat.metrics.transfer import ClassSeparation, WithinClassVariability
 
 
@@ -211,25 +209,19 @@ class GrassmannMonitor(Callback):
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> None:
         basis = full_tensor(self._find(pl_module)[1].basis)
-        error = orthonormality_error(basis).max()
-        if error > LOST:
-            if "manifold" not in self._failed:
-                self._failed.add("manifold")
-                rank_zero_warn(f"{self._label}: {off_the_manifold(float(error))} Their angles are nan.")
-            basis = torch.full_like(basis, torch.nan)
-        if self.start is not None:
-            distances = subspace_distances(basis, self.start)
-            self._log(pl_module, "distance_from_start_mean", distances.mean())
-            self._log(pl_module, "distance_from_start_max", distances.max())
-        angles = subspace_angles(basis, self.max_pairs, self.seed).rad2deg()
-        if len(angles):
-            self._log(pl_module, "angle_mean", angles.mean())
-        if not self._head_reports:
-            self._log(pl_module, "orthonormality_error", error)
-            if len(angles):
-                # Of all pairs, as GrassmannHead logs it, and not of a sample.
-                self._log(pl_module, "smallest_angle", pairwise_principal_angles(basis).min().rad2deg())
-        if self.figure and len(angles) and not getattr(trainer, "fast_dev_run", False):
+        angles, values = subspace_geometry(basis, self.start, self.max_pairs, self.seed, alone=not self._head_reports)
+        lost = values["orthonormality_error"] > LOST
+        if lost and "manifold" not in self._failed:
+            self._failed.add("manifold")
+            rank_zero_warn(
+                f"{self._label}: {off_the_manifold(float(values['orthonormality_error']))} Their angles are nan."
+            )
+        for measure, value in values.items():
+            if measure != "orthonormality_error":
+                self._log(pl_module, measure, torch.full_like(value, torch.nan) if lost else value)
+            elif not self._head_reports:
+                self._log(pl_module, measure, value)
+        if self.figure and len(angles) and not lost and not getattr(trainer, "fast_dev_run", False):
             self._show(trainer, angles.cpu())
         if self.mode == "exact":
             ((name, loader),) = self._loader(trainer).items()
