@@ -12,6 +12,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
 from tests.conformance import courses
+from tests.conformance.datasets import Source
 from tests.conformance.modules import Habits
 from tests.conformance.registry import Entry
 from tests.conformance.sides import Run, Side
@@ -30,7 +31,7 @@ class Condition:
         course: what happens.
         habits: how the user's module differs from the usual one.
         trainer: makes the options of the Trainer; called for each, as plugins are not to be shared.
-        stream: the training data are an iterable data set.
+        source: of the training data, see ``datasets.loader``.
         val_loaders: how many.
         quick: part of the short half.
         where: in this process, or in the pair of processes that a script has started.
@@ -46,7 +47,7 @@ class Condition:
     course: Callable[[Side], Run] = courses.fit
     habits: Mapping[str, Any] = field(default_factory=dict)
     trainer: Callable[[], dict[str, Any]] = dict
-    stream: bool = False
+    source: Source = "points"
     val_loaders: int = 1
     quick: bool = False
     where: Literal["here", "pair"] = "here"
@@ -60,7 +61,7 @@ class Condition:
         return self.name
 
     def side(self, entry: Entry, folder: Any, ours: bool, by_mixin: bool = False) -> Side:
-        how = self.trainer, self.stream, self.val_loaders, self.named, by_mixin
+        how = self.trainer, self.source, self.val_loaders, self.named, by_mixin
         return Side(entry, Habits(**self.habits), folder, ours, *how)
 
 
@@ -75,6 +76,10 @@ def bfloat16() -> dict[str, Any]:
 
 def two_processes() -> dict[str, Any]:
     return {"strategy": DDPStrategy(process_group_backend="gloo", timeout=timedelta(minutes=1)), "devices": 2}
+
+
+def two_with_data_of_their_own() -> dict[str, Any]:
+    return {**two_processes(), "use_distributed_sampler": False}
 
 
 def spawned() -> dict[str, Any]:
@@ -127,10 +132,19 @@ CONDITIONS = [
     Condition("batches as dict", DATA, habits={"batch": "dict"}, quick=True),
     Condition("batches as dataclass", DATA, habits={"batch": "dataclass"}, quick=True),
     Condition("soft labels", DATA, habits={"soft": True}, quick=True),
-    Condition("iterable data set", DATA, stream=True, quick=True),
+    Condition("iterable data set", DATA, source="stream", quick=True),
+    Condition(
+        "StatefulDataLoader",
+        DATA,
+        courses.resume_midway,
+        habits={"dropout": 0.0},
+        source="stateful",
+        available=importlib.util.find_spec("torchdata") is not None,
+    ),
     Condition("several validation loaders", DATA, val_loaders=2, quick=True),
     Condition("sanity check", RUN, trainer=options(num_sanity_val_steps=2)),
     Condition("limit_*_batches", RUN, trainer=options(limit_train_batches=3, limit_val_batches=1), quick=True),
+    Condition("overfit_batches", RUN, trainer=options(overfit_batches=2)),
     Condition("fit twice, two Trainers", RUN, courses.fit_twice, quick=True),
     Condition("fit twice, one Trainer", RUN, courses.fit_on),
     Condition("fit, validate, test, predict", RUN, courses.fit_validate_test_predict),
@@ -140,6 +154,13 @@ CONDITIONS = [
     Condition("out of memory in the callback", RUN, courses.fails_inside, lacks=only_with_failure, quick=True),
     Condition("resume from last", CHECKPOINTS, courses.resume_last, habits={"dropout": 0.0}, quick=True),
     Condition("resume in mid-epoch", CHECKPOINTS, courses.resume_midway, habits={"dropout": 0.0}, quick=True),
+    Condition(
+        "resume after a validation",
+        CHECKPOINTS,
+        courses.resume_after_validation,
+        habits={"dropout": 0.0},
+        quick=True,
+    ),
     Condition("plain checkpoint to suite", CHECKPOINTS, courses.plain_to_suite, quick=True),
     Condition("suite checkpoint to plain", CHECKPOINTS, courses.suite_to_plain, quick=True),
     Condition("load_from_checkpoint of the plain class", CHECKPOINTS, courses.load_plain),
@@ -151,6 +172,9 @@ CONDITIONS = [
         available=importlib.util.find_spec("pytorch_lightning") is not None,
     ),
     Condition("Tuner.lr_find", AROUND, courses.find_rate),
+    Condition("LearningRateFinder", AROUND, courses.rate_finder),
+    Condition("LearningRateFinder at a milestone", AROUND, courses.rate_finder_at_milestone, quick=True),
+    Condition("BatchSizeFinder", AROUND, courses.batch_size_finder),
     Condition("EMA", AROUND, courses.ema, available=hasattr(lightning_callbacks, "EMAWeightAveraging")),
     Condition("SWA", AROUND, courses.swa),
     Condition("LightningCLI", AROUND, courses.cli),
@@ -163,6 +187,14 @@ CONDITIONS = [
         rounding=1e-4,  # gradients of many terms add up in another order
     ),
     Condition("two processes, by a script", AROUND, courses.fit_together, trainer=two_processes, where="pair"),
+    Condition(
+        "two processes, each with data of its own",
+        AROUND,
+        courses.fit_together,
+        trainer=two_with_data_of_their_own,
+        source="own",
+        where="pair",
+    ),
     Condition("two processes, spawned", AROUND, courses.fit_spawned, trainer=spawned, with_others=True, rounding=1e-4),
     Condition(
         "FSDP2", AROUND, courses.fit_together, habits={"sharded": True}, trainer=sharded, where="pair", available=FSDP2

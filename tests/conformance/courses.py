@@ -14,11 +14,11 @@ from unittest import mock
 import lightning.pytorch as pl
 import torch
 import yaml
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import BatchSizeFinder, EarlyStopping, LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.tuner import Tuner
 
-from tests.conformance import modules
+from tests.conformance import datasets, modules
 from tests.conformance.expected import everywhere
 from tests.conformance.modules import whole
 from tests.conformance.registry import Failure
@@ -269,6 +269,30 @@ def resume_midway(side: Side) -> Run:
     return side.fit(side.trainer(callbacks, max_epochs=3), module, callbacks, ckpt_path=path)
 
 
+class SaveInValidation(pl.Callback):
+    """Saves a checkpoint at the end of the validation that ends the second epoch."""
+
+    def __init__(self, path: Any) -> None:
+        self.path = path
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.current_epoch == 1:
+            trainer.save_checkpoint(self.path)
+
+
+def resume_after_validation(side: Side) -> Run:
+    """Saved by the validation at the end of the second epoch of three: the third is run whole."""
+    path = side.folder / "validated.ckpt"
+    module, callbacks = side.module(), side.callbacks()
+    run = side.fit(side.trainer([*callbacks, SaveInValidation(path)], max_epochs=3), module, callbacks)
+    if side.entry.resumes_exactly and not side.ours:
+        return run
+    module, callbacks = side.module(), side.callbacks()
+    resumed = side.fit(side.trainer(callbacks, max_epochs=3), module, callbacks, ckpt_path=path)
+    assert resumed.trainer.global_step == run.trainer.global_step, "an epoch is left out"
+    return resumed
+
+
 def handed_over(side: Side, before: bool, after: bool) -> Run:
     """One epoch with or without the suite, and the next without or with it."""
     path = first_epoch(side, before)
@@ -320,6 +344,55 @@ def find_rate(side: Side) -> Run:
     run = side.fit(trainer, module, callbacks)
     run.more["losses"] = torch.tensor(found.results["loss"])
     return run
+
+
+class Search:
+    """Tells the module that what it goes through now is a search."""
+
+    def searched(self, search: Any, trainer: Any, pl_module: Any) -> None:
+        pl_module.searching = True
+        search(trainer, pl_module)
+        pl_module.searching = False
+
+
+class FindRate(Search, LearningRateFinder):
+    """Before training, or where an epoch begins."""
+
+    def __init__(self, epoch: int | None = None) -> None:
+        super().__init__(num_training_steps=3, early_stop_threshold=None, update_attr=False)
+        self.epoch = epoch
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        if self.epoch is None:
+            self.searched(self.lr_find, trainer, pl_module)
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.current_epoch == self.epoch:
+            self.searched(self.lr_find, trainer, pl_module)
+
+
+class FindBatchSize(Search, BatchSizeFinder):
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        self.searched(self.scale_batch_size, trainer, pl_module)
+
+
+def searched_in_fit(side: Side, search: Any) -> Run:
+    """A run that searches before it trains, or between two epochs, and goes back to where it was."""
+    module, callbacks = side.module(), side.callbacks()
+    return side.fit(side.trainer([*callbacks, search], max_epochs=3), module, callbacks)
+
+
+def rate_finder(side: Side) -> Run:
+    return searched_in_fit(side, FindRate())
+
+
+def rate_finder_at_milestone(side: Side) -> Run:
+    return searched_in_fit(side, FindRate(epoch=1))
+
+
+def batch_size_finder(side: Side) -> Run:
+    side.hooked = True  # it asks for that
+    return searched_in_fit(side, FindBatchSize(max_trials=1, steps_per_trial=2, init_val=datasets.BATCH))
 
 
 def averaged(side: Side, average: Any) -> Run:

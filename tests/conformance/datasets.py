@@ -1,13 +1,14 @@
 """The data of the matrix: 32 points to train on and 16 to validate on, in batches of any form."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from tests.conformance.modules import NUM_CLASSES, Habits
 
@@ -60,12 +61,26 @@ class Collate:
         return forms[self.form]
 
 
-def loader(habits: Habits, part: str, stream: bool = False) -> DataLoader:
-    """The loader of a part, ``"train"`` or ``"val"``; training data are shuffled by the global random numbers."""
-    points = points_of(habits, part)
-    data: Any = Stream(points) if stream else points
-    shuffle = part == "train" and not stream
-    return DataLoader(data, batch_size=BATCH, shuffle=shuffle, collate_fn=Collate(habits.batch))
+Source: TypeAlias = Literal["points", "stream", "stateful", "own"]
+
+
+def loader(habits: Habits, part: str, source: Source = "points") -> DataLoader:
+    """The loader of a part, ``"train"`` or ``"val"``; training data are shuffled by the global random numbers.
+
+    They come from a ``"stream"`` without length, or by a ``"stateful"`` loader, which restores a position of its own;
+    or each process has its ``"own"`` half.
+    """
+    points: Any = points_of(habits, part)
+    given: dict[str, Any] = {"batch_size": BATCH, "shuffle": part == "train", "collate_fn": Collate(habits.batch)}
+    if source == "own":
+        points = Subset(points, range(int(os.environ["LOCAL_RANK"]), len(points), 2))
+    elif part == "train" and source == "stream":
+        return DataLoader(Stream(points), **{**given, "shuffle": False})
+    elif part == "train" and source == "stateful":
+        from torchdata.stateful_dataloader import StatefulDataLoader
+
+        return StatefulDataLoader(points, **given, generator=torch.Generator().manual_seed(0))
+    return DataLoader(points, **given)
 
 
 def points_of(habits: Habits, part: str) -> Points:

@@ -227,6 +227,7 @@ class WrittenCode(UserCode):
         self.own_at_end: dict[str, Tensor] = {}
         self.inputs: Tensor | None = None
         self.prepared = False
+        self.searching = False  # for a learning rate or a batch size: nothing is measured then
 
     def setup(self, stage: str) -> None:
         self.prepare()
@@ -293,6 +294,8 @@ class WrittenCode(UserCode):
     @torch.no_grad()
     def on_train_epoch_end(self) -> None:
         super().on_train_epoch_end()
+        if self.searching:
+            return
         modes = [(part, part.training) for part in self.modules()]
         self.eval()
         for name, (x, y) in self.data.items():

@@ -177,6 +177,7 @@ CALLBACKS = [
         written=[methods.Stop],
         makes="NeuralCollapseMonitor",
         values=expected.collapse_online,
+        lacks={"resume after a validation": "no batch is left of the epoch that would pass the threshold"},
         failure=Failure(
             "lightning_feat.callbacks.neural_collapse.thresholds.ThresholdWatch.check", "epoch end", call=1
         ),
@@ -225,7 +226,11 @@ CALLBACKS = [
         "data",
         {"plan": methods.plan},
         written=[methods.Plan],
-        refuses={"iterable data set": "a sampler needs a DataLoader over a map-style data set"},
+        refuses={
+            "iterable data set": "a sampler needs a DataLoader over a map-style data set",
+            "overfit_batches": "overfit_batches=2 puts a sampler of its own",
+        },
+        lacks={"two processes, each with data of its own": "the plan here is of data that processes share"},
         failure=Failure("lightning_feat.callbacks.data_plan.make_train_loader_anew", "epoch end", call=1),
         resumes_exactly=True,
     ),
@@ -234,7 +239,12 @@ CALLBACKS = [
         "data",
         {"separating_epoch": 1, "restart": False, "length": "keep"},
         written=[methods.Upsample],
-        refuses={"iterable data set": "map-style data set", "soft labels": INTEGERS},
+        refuses={
+            "iterable data set": "map-style data set",
+            "soft labels": INTEGERS,
+            "overfit_batches": "overfit_batches=2 puts a sampler of its own",
+            "two processes, each with data of its own": "use_distributed_sampler=False",
+        },
         lacks={"plain checkpoint to suite": "the plain run has passed the epoch at which examples are chosen"},
         failure=Failure("lightning_feat.callbacks.simplicity_bias.slow_pass.slow_examples", "epoch end", call=1),
         resumes_exactly=True,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.conformance import datasets, modules
+from tests.conformance.datasets import Source
 from tests.conformance.modules import Habits
 from tests.conformance.registry import Entry
 
@@ -41,17 +42,18 @@ class Side:
         folder: Path,
         ours: bool,
         trainer_options: Any = dict,
-        stream: bool = False,
+        source: Source = "points",
         val_loaders: int = 1,
         named: bool = False,
         by_mixin: bool = False,
     ) -> None:
         self.entry, self.folder, self.ours = entry, folder, ours
         self.habits = habits.but(task=entry.task)
-        self.trainer_options, self.stream, self.val_loaders = trainer_options, stream, val_loaders
+        self.trainer_options, self.source, self.val_loaders = trainer_options, source, val_loaders
         self.named, self.by_mixin = named, by_mixin and ours
         self.brought: list[Any] = []
         self.root: Any = pl  # the package that module and Trainer come from
+        self.hooked = False  # whether a module of a user gives its training data itself
         self.made: list[Run] = []
 
     def module(self, active: bool = True) -> Any:
@@ -59,10 +61,13 @@ class Side:
         torch._dynamo.reset()
         pl.seed_everything(0, verbose=False)
         if self.ours:
-            return modules.user(self.habits, self.root, self.by_mixin)
+            module = modules.user(self.habits, self.root, self.by_mixin)
+            if self.hooked:
+                module.batch_size, module.train_dataloader = datasets.BATCH, lambda: self.loader("train")
+            return module
         module = modules.written(self.habits, self.entry.methods(), datasets.tensors(self.habits), self.root)
         module.active = active
-        module.given_loader = self.loader("train")
+        module.given_loader, module.batch_size = self.loader("train"), datasets.BATCH
         return module
 
     def callbacks(self, active: bool = True) -> list[Any]:
@@ -71,7 +76,7 @@ class Side:
         return built
 
     def loader(self, part: str) -> Any:
-        return datasets.loader(self.habits, part, self.stream and part == "train")
+        return datasets.loader(self.habits, part, self.source)
 
     def trainer(self, callbacks: Sequence[Any] = (), **options: Any) -> Any:
         """A quiet trainer on one CPU."""
@@ -93,7 +98,7 @@ class Side:
         """What ``fit`` gets; the written side asks its module for the training data."""
         val = [self.loader("val") for _ in range(self.val_loaders)]
         given = {"val_dataloaders": val if self.val_loaders > 1 else val[0]}
-        return {**given, "train_dataloaders": self.loader("train")} if self.ours else given
+        return {**given, "train_dataloaders": self.loader("train")} if self.ours and not self.hooked else given
 
     def start(self, trainer: Any, module: Any, callbacks: Sequence[Any] = ()) -> Any:
         """Same random numbers on both sides from here on."""

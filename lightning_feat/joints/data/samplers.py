@@ -48,7 +48,8 @@ def processes_share(trainer: Trainer, loader: DataLoader[Any]) -> bool:
     through the data that it was given, files of its own as a rule.
     """
     ours = getattr(trainer._accelerator_connector, "use_distributed_sampler", True)
-    return trainer.world_size == 1 or ours or isinstance(sampler_of(loader), DistributedSampler)
+    sampler = sampler_of(loader)
+    return trainer.world_size == 1 or ours or (isinstance(sampler, DistributedSampler) and sampler.num_replicas > 1)
 
 
 def with_sampler(loader: DataLoader[Any], sampler: Sampler[Any]) -> DataLoader[Any]:
