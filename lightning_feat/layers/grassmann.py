@@ -75,6 +75,7 @@ class GrassmannLinear(nn.Module):
             torch.get_default_dtype(), torch.float32
         )  # Lightning's bf16-true changes the default
         self.basis = nn.Parameter(torch.empty(num_classes, subspace_dim, in_features, dtype=dtype, device=device))
+        self._first_scale = float(scale)
         scale_tensor = torch.tensor(float(scale), dtype=dtype, device=device)
         if learn_scale:
             self.scale = nn.Parameter(scale_tensor)
@@ -94,10 +95,13 @@ class GrassmannLinear(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the subspaces anew, uniformly."""
+        """Draw the subspaces anew, uniformly, and set the scale to its first value; after ``to_empty``, where a module
+        was built on the meta device.
+        """
         if self.basis.device.type != "meta":
             shape = self.num_classes, self.subspace_dim, self.in_features
             self.basis.copy_(random_basis(*shape, dtype=self.basis.dtype, device=self.basis.device))
+            self.scale.fill_(self._first_scale)
 
     def forward(self, features: Tensor) -> Tensor:
         """Logits ``(..., C)`` of features ``(..., D)``, in float32 at least, under autocast too."""

@@ -60,13 +60,26 @@ class SimplexETF(nn.Module):
         self.in_features, self.num_classes, self.seed = in_features, num_classes, seed
         # Lightning's bf16-true changes the default dtype
         dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
-        self.register_buffer("prototypes", self._draw().to(device=device, dtype=dtype))
-        self.register_buffer("scale", torch.tensor(float(scale), dtype=dtype, device=device))
+        self._first_scale = float(scale)
+        self.register_buffer("prototypes", torch.empty(num_classes, in_features, dtype=dtype, device=device))
+        self.register_buffer("scale", torch.empty((), dtype=dtype, device=device))
+        self.reset_parameters()
 
     @property
     def out_features(self) -> int:
         """The number of classes, under the name that ``nn.Linear`` has for it."""
         return self.num_classes
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set prototypes and scale to what they were at first; after ``to_empty``, where a module was built on the meta
+        device.
+        """
+        with torch.device("cpu"):  # also where the module is built inside another
+            drawn = self._draw()
+        if self.prototypes.device.type != "meta":
+            self.prototypes.copy_(drawn)
+            self.scale.fill_(self._first_scale)
 
     def forward(self, features: Tensor) -> Tensor:
         """Logits ``(..., C)`` of features ``(..., D)``."""

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, DistributedSampler
@@ -220,6 +221,49 @@ def grassmann_adaptive(world):
     return [float(orthonormality_error(module.net.fc.basis.detach()).max()), *flat(module)]
 
 
+class Dealt(Built):
+    """Its optimizer keeps a share of the parameters on each process."""
+
+    def configure_optimizers(self):
+        return ZeroRedundancyOptimizer(self.parameters(), torch.optim.SGD, lr=0.1, momentum=0.9)
+
+
+def dealt(world, kind=Dealt, **kwargs):
+    center = Center()
+    head, own = GrassmannHead(2), FeatureRegularizer(center, "center", weight=0.3)
+    run, module = fit(kind, [head, own], world, **kwargs)
+    return run, flat(module) + center.center.tolist()
+
+
+def not_dealt(world):
+    return dealt(world, Built)[1]
+
+
+def dealt_out(world):
+    return dealt(world)[1]
+
+
+def dealt_out_resumed(world):
+    path = Path(sys.argv[1]).parent / "dealt.ckpt"
+    run, _ = dealt(world, max_epochs=1)
+    run.save_checkpoint(path)
+    return dealt(world, ckpt_path=path)[1]
+
+
+def collapse_over_budget_of_one(world):
+    """The budget is exceeded where a process has one sample more; under FSDP2 all must run again then."""
+    runs = []
+    monitor = NeuralCollapseMonitor(mode="exact", memory_budget_mb=21.5 * 11 * 4 / 2**20)
+
+    class Counts(Plain):
+        def forward(self, x):
+            runs.append(len(x))
+            return super().forward(x)
+
+    fit(lambda: Counts(lr=0.0), [monitor], world, shuffle=True, max_epochs=1)
+    return len(runs)
+
+
 def collapse(world, mode):
     monitor = NeuralCollapseMonitor(mode=mode, measures=["*"])
     module = lambda: Plain(lr=0.0)  # noqa: E731  # the same weights on both sides
@@ -244,6 +288,10 @@ CASES = [
     grassmann_adaptive,
     collapse_online,
     collapse_exact,
+    collapse_over_budget_of_one,
+    not_dealt,
+    dealt_out,
+    dealt_out_resumed,
     own,
     *([fsdp2, fsdp2_swap, fsdp2_resume, fsdp2_own, fsdp2_own_resume] if FSDP2_ON_CPU else []),
 ]

@@ -57,6 +57,18 @@ def test_collapse_is_that_of_one_process_and_no_sample_counts_twice(pair, name):
         assert math.isfinite(value), measure
 
 
+def test_an_optimizer_that_deals_its_parameters_out_trains_and_resumes_all_the_same(pair):
+    expected = of(pair, "not_dealt")[0]
+    for name in ("dealt_out", "dealt_out_resumed"):
+        for found in of(pair, name):
+            assert found == expected, name
+
+
+def test_all_processes_run_again_where_one_exceeds_the_budget(pair):
+    first, second = of(pair, "collapse_over_budget_of_one")
+    assert first == second
+
+
 fsdp2 = pytest.mark.skipif(not ddp_cases.FSDP2_ON_CPU, reason="this torch has no FSDP2 on a CPU")
 
 

@@ -204,3 +204,12 @@ def test_looking_after_the_manifold_does_not_break_a_graph():
     compiled = torch.compile(layer, backend="eager", fullgraph=True)
     for _ in range(3):
         compiled(torch.randn(4, 12)).sum().backward()
+
+
+@pytest.mark.parametrize("learn_scale", [True, False])
+def test_a_head_that_was_built_on_the_meta_device_is_drawn_and_scaled_by_reset_parameters(learn_scale):
+    with torch.device("meta"):
+        layer = GrassmannLinear(12, 3, 2, scale=9.0, learn_scale=learn_scale)
+    layer.to_empty(device="cpu").reset_parameters()
+    assert float(layer.scale) == 9.0
+    assert orthonormality_error(layer.basis.detach()).max() < 1e-5

@@ -134,3 +134,14 @@ def test_copies_and_names():
     assert torch.equal(copy.deepcopy(module).prototypes, module.prototypes)
     assert "24, num_classes=5, scale=25, seed=0, sparsity=0.6" in repr(module)
     assert (module.in_features, module.out_features, module.num_classes) == (24, 5, 5)
+
+
+@pytest.mark.parametrize("make", [lambda: SimplexETF(12, 4, scale=9.0, seed=3), lambda: SparseETF(12, 4, scale=9.0)])
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_head_that_was_built_on_the_meta_device_comes_to_be_what_it_should_be(make, inside):
+    with torch.device("meta" if inside else "cpu"):
+        head = make() if inside else make().to("meta")
+    head.to_empty(device="cpu").apply(lambda part: part.reset_parameters())
+    there = make()
+    assert torch.equal(head.prototypes, there.prototypes)
+    assert torch.equal(head.scale, there.scale)

@@ -22,7 +22,7 @@ from lightning_feat.joints.module.head_swap import (
     refuse_other_scale,
     take_places,
 )
-from lightning_feat.joints.module.own_parameters import optimizers_in
+from lightning_feat.joints.module.own_parameters import in_order, optimizers_in
 from lightning_feat.joints.module.wraps import add_link, remove_link
 from lightning_feat.joints.run.averaging import refuse_averaging_before, refuse_other_copies
 from lightning_feat.joints.run.twins import refuse_twin
@@ -112,7 +112,7 @@ class GrassmannHead(Callback):
         refuse_other_copies(trainer, pl_module, self._label(pl_module), "GrassmannHead")
         self.follow(pl_module, trainer.optimizers)
         basis = self.head(pl_module).basis
-        if basis.requires_grad and not any(step.holds(basis) for step in [*self.steps.values(), *self.others.values()]):
+        if basis.requires_grad and not any(p is basis for o in trainer.optimizers for p in in_order(o)):
             raise RuntimeError(
                 f"no optimizer trains the class subspaces of {self._label(pl_module)}: give configure_optimizers the "
                 "parameters of the classifier as well."

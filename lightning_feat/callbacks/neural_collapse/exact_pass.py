@@ -70,6 +70,10 @@ class CollapseReading:
         for metric in self.metrics.values():
             metric.start_second_pass()
         kept, self._kept = self._kept, None
+        # All processes do the same: under FSDP2 each run of the network is a collective, and shares differ in size.
+        exceeds = torch.tensor(kept is None, dtype=torch.int, device=self._module.device)
+        if bool(self._trainer.strategy.reduce(exceeds, reduce_op="max")):
+            kept = None
         for heard in kept if kept is not None else (self._labelled.take(batch) for batch in again()):
             for label, found in heard.labelled.items():
                 logits = heard.logits if self._labelled.feeds[label] else None

@@ -47,8 +47,16 @@ class SurgeryBlock(nn.Module):
         self.norm = nn.LayerNorm(num_features)
         self.expand = nn.Linear(num_features, expansion * num_features)
         self.contract = nn.Linear(expansion * num_features, num_features)
+        self._first_ratio = float(ratio)
         self.register_buffer("ratio", torch.tensor(float(ratio), dtype=torch.float32))
         self.register_buffer("strengthened", torch.tensor(False))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set the ratio to its first value; after ``to_empty``, where a module was built on the meta device."""
+        if self.ratio.device.type != "meta":
+            self.ratio.fill_(self._first_ratio)
+            self.strengthened.fill_(False)
 
     def forward(self, features: Tensor) -> Tensor:
         """Features ``(..., D)``, in the dtype they came in."""

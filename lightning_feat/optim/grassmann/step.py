@@ -226,6 +226,7 @@ def follow_subspaces(
         ValueError: if the optimizer is known to be one that cannot be followed, is followed already, or a number is
             out of range. Hooks are not copied with an optimizer: call this again for a copy.
     """
+    optimizer = local_optimizer(optimizer)
     for cls in type(optimizer).__mro__:
         if any(name in cls.__name__ for name in _CANNOT_FOLLOW):
             raise ValueError(
@@ -248,9 +249,17 @@ def follow_subspaces(
     return SubspaceStep(optimizer, heads, update, lr_factor, lr, momentum, second_momentum)
 
 
+def local_optimizer(optimizer: Optimizer) -> Optimizer:
+    """The one that steps: of a ``ZeroRedundancyOptimizer`` that of this process, which knows its share of the
+    parameters and whose state is saved.
+    """
+    inner: Any = getattr(optimizer, "optim", None)
+    return inner if type(optimizer).__name__ == "ZeroRedundancyOptimizer" else optimizer
+
+
 def following(optimizer: Optimizer, head: GrassmannLinear) -> SubspaceStep | None:
     """Who makes the optimizer keep this head on its manifold, if anyone does."""
-    followers: list[SubspaceStep] = optimizer.__dict__.get(_STEPS_OF, [])
+    followers: list[SubspaceStep] = local_optimizer(optimizer).__dict__.get(_STEPS_OF, [])
     return next((step for step in followers if step.holds(head.basis)), None)
 
 
