@@ -27,6 +27,8 @@ class FeatureRegularizer(Regularizer):
         target_key: where a batch keeps the class indices, see ``lightning_feat.joints.features.batches.targets_of``.
         ignore_index: samples with this target are left out.
         backward_index: with manual optimization, which ``manual_backward`` of a step the term joins, from 0.
+        mask_key: where a batch keeps which tokens count ``(N, T)``, for ``pooling="mean"``, ``"max"`` or ``"tokens"``:
+            without it padding counts.
     """
 
     @checked
@@ -41,6 +43,7 @@ class FeatureRegularizer(Regularizer):
         target_key: TargetKey = None,
         ignore_index: int = -100,
         backward_index: int = 0,
+        mask_key: TargetKey = None,
     ) -> None:
         tap = FeatureTap(layer, read, pooling, keep_graph=True)
-        super().__init__(FeatureLossTerm(loss, name, tap, weight, target_key, ignore_index, backward_index))
+        super().__init__(FeatureLossTerm(loss, name, tap, weight, target_key, ignore_index, backward_index, mask_key))

@@ -19,11 +19,12 @@ from lightning_feat.functional.common.class_sums import (
     ClassSums,
     accumulation_device,
     add_class_sums_,
-    check_target_range,
+    check_values,
     empty_class_sums,
     to_float64,
 )
 from lightning_feat.functional.common.directions import FLOAT32_ROUNDING, rounding_of
+from lightning_feat.functional.common.looks import values_are_at_hand
 
 
 def all_reduce_sum(state: Tensor, group: Any = None) -> list[Tensor]:
@@ -44,11 +45,6 @@ def at_least_one(**numbers: Any) -> list[int]:
     if min(found) < 1:
         raise ValueError(f"{' and '.join(f'{name}={number}' for name, number in numbers.items())}: must be at least 1")
     return found
-
-
-def _values_are_at_hand(values: Tensor) -> bool:
-    """Whether looking at values stops nothing: on an accelerator it waits until all that was queued has run."""
-    return values.device.type == "cpu"
 
 
 class SumsMetric(Metric):
@@ -139,6 +135,7 @@ class ClassSumsMetric(SumsMetric):
         num_classes, num_features = at_least_one(num_classes=num_classes, num_features=num_features)
         super().__init__(**kwargs)
         self.num_classes, self.num_features = num_classes, num_features
+        self._looked = False  # at the targets of a batch
         for name, zeros in empty_class_sums(num_classes, num_features)._asdict().items():
             self._add_sum(self._prefix + name, *zeros.shape)
         for name in ("nonfinite", "outside", "roundings"):
@@ -149,8 +146,8 @@ class ClassSumsMetric(SumsMetric):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """The batch in float64 with what must not count set to zero, and weights of one or zero (None: all count).
 
-        On an accelerator only the first batch looks for targets out of range; later ones are left out, counted, and
-        reported by ``compute``.
+        On an accelerator only the very first batch looks for targets out of range; later ones are left out, counted,
+        and reported by ``compute``.
         """
         if features.ndim != 2 or features.shape[1] != self.num_features:
             raise ValueError(
@@ -160,7 +157,7 @@ class ClassSumsMetric(SumsMetric):
         if repeated is not None and repeated.shape != features.shape[:1]:
             raise ValueError(f"repeated must be ({len(features)},), one for each sample, got {tuple(repeated.shape)}")
         features = to_float64(features.detach())
-        targets, at_hand = targets.to(features.device), _values_are_at_hand(features)
+        targets, at_hand = targets.to(features.device), values_are_at_hand(features)
         bad_N = ~vector_norm(features, dim=1).isfinite()  # ten times as fast as features.isfinite().all(1)
         left_out_N = bad_N
         if repeated is not None:
@@ -169,11 +166,13 @@ class ClassSumsMetric(SumsMetric):
         self.nonfinite += bad_N.sum()
         if targets.ndim == 1 and not targets.is_floating_point():
             if at_hand or first:
-                check_target_range(targets, self.num_classes)
+                check_values(targets, self.num_classes)
             else:
                 outside_N = (targets < 0) | (targets >= self.num_classes)
                 self.outside += (outside_N & ~left_out_N).sum()
                 targets, left_out_N = targets.masked_fill(outside_N, 0), left_out_N | outside_N
+        elif first and not at_hand and targets.shape[1:] == (self.num_classes,):
+            check_values(targets, self.num_classes)
         if at_hand and not left_out_N.any():
             return features, targets, None
         return features.masked_fill(left_out_N[:, None], 0), targets, (~left_out_N).double()
@@ -188,12 +187,13 @@ class ClassSumsMetric(SumsMetric):
                 here; :func:`~lightning_feat.functional.common.class_sums.repeated_by_sampler` makes it.
 
         Raises:
-            ValueError: if shapes do not fit, or a class index is out of range (on an accelerator: at the first batch,
-                else from ``compute``, so that no batch waits for the device).
+            ValueError: if shapes do not fit, or a class index is out of range (on an accelerator: at the very first
+                batch, else from ``compute``, so that no batch waits for the device).
         """
         self._make_writable()
         rounding = rounding_of(features.dtype)
-        features, targets, weights = self._usable(features, targets, repeated, first=self.update_count <= 1)
+        features, targets, weights = self._usable(features, targets, repeated, first=not self._looked)
+        self._looked = True
         self._add(features, targets, weights)
         self.roundings += rounding**2 * (len(features) if weights is None else weights.sum())
 

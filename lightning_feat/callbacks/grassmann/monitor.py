@@ -11,6 +11,7 @@ from lightning_feat.callbacks.grassmann.exact_pass import SeparationReading
 from lightning_feat.callbacks.grassmann.figures import draw_angles
 from lightning_feat.callbacks.grassmann.head import GrassmannHead
 from lightning_feat.callbacks.reports.figures import folder_for_figures, publish_figure
+from lightning_feat.functional.common.looks import without_looking
 from lightning_feat.joints.data.epoch_ends import EpochEnds, back_in_last_epoch
 from lightning_feat.joints.data.passes import clean_loader, try_first_batch
 from lightning_feat.joints.data.processes import full_tensor, repeated_rows
@@ -184,8 +185,9 @@ class GrassmannMonitor(Callback):
             return
         self.silence.heard()
         repeated = repeated_rows(trainer, batch_idx, len(features), features.device)
-        for metric in self._metrics():
-            metric.update(features, targets, left_out if repeated is None else left_out | repeated)
+        with without_looking():
+            for metric in self._metrics():
+                metric.update(features, targets, left_out if repeated is None else left_out | repeated)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.ends.is_due(trainer):

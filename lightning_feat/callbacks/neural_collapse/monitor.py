@@ -12,6 +12,7 @@ from lightning_feat.callbacks.neural_collapse.exact_pass import CollapseReading
 from lightning_feat.callbacks.neural_collapse.report import CollapseReport
 from lightning_feat.callbacks.neural_collapse.thresholds import CollapseThreshold, ThresholdWatch
 from lightning_feat.functional.common.class_sums import GlobalMean
+from lightning_feat.functional.common.looks import without_looking
 from lightning_feat.functional.grassmann import orthonormality_error
 from lightning_feat.functional.neural_collapse import known_measures
 from lightning_feat.joints.data.epoch_ends import EpochEnds, back_in_last_epoch
@@ -221,7 +222,8 @@ class NeuralCollapseMonitor(Callback):
             repeated = self._repeated(trainer, len(features), batch, batch_idx)
             if repeated is not None and left_out is not None:
                 left_out = left_out | repeated
-            self._online[label].update(features, targets, repeated if left_out is None else left_out)
+            with without_looking():
+                self._online[label].update(features, targets, repeated if left_out is None else left_out)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.mode == "online":

@@ -63,6 +63,8 @@ class NeuralCollapseRegularizer(Regularizer):
         target_key: where a batch keeps the class indices, see ``joints.features.batches.targets_of``.
         ignore_index: samples with this target are left out.
         backward_index: with manual optimization, which ``manual_backward`` of a step the terms join, from 0.
+        mask_key: where a batch keeps which tokens count ``(N, T)``, for ``pooling="mean"``, ``"max"`` or ``"tokens"``:
+            without it padding counts.
     """
 
     @checked
@@ -82,6 +84,7 @@ class NeuralCollapseRegularizer(Regularizer):
         target_key: TargetKey = None,
         ignore_index: int = -100,
         backward_index: int = 0,
+        mask_key: TargetKey = None,
     ) -> None:
         pull, push = (w if isinstance(w, WeightSchedule) else WeightSchedule(w) for w in (pull_weight, push_weight))
         if pull.peak <= 0 or push.peak < 0:
@@ -101,6 +104,7 @@ class NeuralCollapseRegularizer(Regularizer):
         self.num_classes, self.num_features = num_classes, num_features
         self.tap = FeatureTap(layer, read, pooling, keep_graph=True)
         self.target_key, self.ignore_index, self.backward_index = target_key, ignore_index, backward_index
+        self.mask_key = mask_key
         self.pull: _Pull | None = None
         self.push: _Push | None = None
 
@@ -136,7 +140,7 @@ class NeuralCollapseRegularizer(Regularizer):
         shape = num_classes, num_features
         if self.pull is None or self.pull.means.means.shape != shape:
             means = _ClassMeans(*shape, self.seed)
-            where = self.tap, self.target_key, self.ignore_index, self.backward_index
+            where = self.tap, self.target_key, self.ignore_index, self.backward_index, self.mask_key
             self.pull = _Pull(means, self.lr_factor, self.pull_weight, *where)
             self.push = _Push(means, self.lr_factor, self.push_weight, self.variant, self.tap, self.backward_index)
         self.add_terms(pl_module)
@@ -186,8 +190,9 @@ class _Pull(FeatureLossTerm):
         target_key: TargetKey,
         ignore_index: int,
         backward_index: int,
+        mask_key: TargetKey,
     ) -> None:
-        super().__init__(means, "collapse_pull", tap, weight, target_key, ignore_index, backward_index)
+        super().__init__(means, "collapse_pull", tap, weight, target_key, ignore_index, backward_index, mask_key)
         self.means, self.lr_factor = means, lr_factor
 
     def value(self, module: LightningModule, batch: Any) -> Tensor:

@@ -6,6 +6,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from lightning_feat.callbacks.simplicity_bias.slow_pass import Criterion, losses_of_each
+from lightning_feat.functional.common.looks import without_looking
 from lightning_feat.functional.simplicity_bias.epochs import knee_reached
 from lightning_feat.joints.features.batches import TargetKey, class_indices, targets_of
 from lightning_feat.joints.features.taps import FeatureTap
@@ -45,8 +46,9 @@ class LossKnee:
         logits: Tensor = self.logits.take()
         self._num_classes = logits.shape[1]
         targets = class_indices(targets_of(batch, self.target_key), len(logits), "the targets").to(logits.device)
-        losses = losses_of_each(logits.float(), targets, self.criterion)
-        self._summed += torch.stack([losses.sum(), losses.new_tensor(len(losses))])
+        with without_looking():
+            losses = losses_of_each(logits.float(), targets, self.criterion)
+        self._summed += torch.stack([losses.sum(), losses.new_full((), len(losses))])
 
     def reached(self, trainer: Trainer) -> bool:
         """At the end of an epoch: whether it was the knee, the same on all processes."""

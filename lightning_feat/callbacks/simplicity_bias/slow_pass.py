@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from lightning_feat.data.selection import Selection
 from lightning_feat.functional.common.class_sums import check_target_range
+from lightning_feat.functional.common.looks import values_are_at_hand
 from lightning_feat.functional.simplicity_bias.clusters import slow_examples
 from lightning_feat.functional.simplicity_bias.hard_examples import highest_losses, misclassified, random_examples
 from lightning_feat.joints.data.pass_progress import pass_progress
@@ -40,7 +41,7 @@ class Looked(NamedTuple):
 
 def losses_of_each(logits: Tensor, targets: Tensor, criterion: Criterion | None) -> Tensor:
     """Losses ``(n,)``, cross entropy without a ``criterion``. Raises ``ValueError`` where that gives anything else."""
-    if targets.device.type == "cpu":  # free there; elsewhere it would make every batch wait for the device
+    if values_are_at_hand(targets):  # elsewhere it would make every batch wait for the device
         check_target_range(targets, logits.shape[1])
     losses = cross_entropy(logits, targets, reduction="none") if criterion is None else criterion(logits, targets)
     if losses.shape != targets.shape:

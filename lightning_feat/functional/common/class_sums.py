@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
+from lightning_feat.functional.common.looks import values_are_at_hand
 from lightning_feat.functional.common.shapes import check_shapes
 
 GlobalMean = Literal["classes", "samples"]
@@ -52,10 +53,24 @@ def check_target_range(targets: Tensor, num_classes: int) -> None:
         )
 
 
+def check_values(targets: Tensor, num_classes: int) -> None:
+    """Raise a ``ValueError`` where class indices are out of range, or rows of soft targets do not sum to one; waits for
+    the device.
+    """
+    if not targets.is_floating_point():
+        check_target_range(targets, num_classes)
+    elif targets.numel() and ((targets.double().sum(1) - 1).abs().max() > 2e-2 or targets.min() < 0):
+        raise ValueError(  # 2e-2: rows that were rounded to bfloat16
+            f"rows of soft targets must be non-negative and sum to one; the sums lie between "
+            f"{float(targets.sum(1).min()):.4g} and {float(targets.sum(1).max()):.4g}. Of logits take the softmax; "
+            "where samples have several labels at once, choose one for each."
+        )
+
+
 def check_batch(features: Tensor, targets: Tensor, num_classes: int, weights: Tensor | None = None) -> bool:
     """Whether targets are soft; raise a ``ValueError`` where shapes, dtypes or class indices fit neither form.
 
-    Class indices are looked at on the CPU only: elsewhere it would make every batch wait for the device.
+    Values are looked at on the CPU only: elsewhere it would make every batch wait for the device.
     """
     soft = targets.ndim == 2 and targets.is_floating_point()
     wanted = (features.shape[0], num_classes) if soft else features.shape[:1]
@@ -68,14 +83,8 @@ def check_batch(features: Tensor, targets: Tensor, num_classes: int, weights: Te
         raise ValueError(
             f"targets (N,) must be integer class indices, got {targets.dtype}: give soft targets as (N, num_classes)."
         )
-    if soft and targets.numel() and ((targets.double().sum(1) - 1).abs().max() > 2e-2 or targets.min() < 0):
-        raise ValueError(  # 2e-2: rows that were rounded to bfloat16
-            f"rows of soft targets must be non-negative and sum to one; the sums lie between "
-            f"{float(targets.sum(1).min()):.4g} and {float(targets.sum(1).max()):.4g}. Of logits take the softmax; "
-            "where samples have several labels at once, choose one for each."
-        )
-    if not soft and targets.device.type == "cpu":
-        check_target_range(targets, num_classes)
+    if values_are_at_hand(targets):
+        check_values(targets, num_classes)
     check_shapes(features=(features, "ND"), weights=(weights, "N"))
     return soft
 

@@ -23,6 +23,7 @@ from lightning_feat.functional.common.class_sums import (
     to_float64,
 )
 from lightning_feat.functional.common.directions import FLOAT32_ROUNDING
+from lightning_feat.functional.common.looks import looks_are_forbidden, values_are_at_hand
 from lightning_feat.functional.common.shapes import check_shapes
 
 _BLOCK = 1024  # samples on either side of the cosines held at once: 8 MiB, and as many again for the angles
@@ -122,7 +123,7 @@ def pair_angle_sums(
         )
     unit_ND, length_N = _directions(features)
     target_N = targets.to(unit_ND.device).long()
-    if target_N.device.type == "cpu":
+    if values_are_at_hand(target_N):
         check_target_range(target_N, num_classes)
     counts_N = length_N > 0
     if weights is not None:
@@ -135,7 +136,8 @@ def pair_angle_sums(
         rows = slice(a, a + _BLOCK)
         last = target_N[rows][-1:]
         # Sorted by class: what follows the class of the last row shares no class with any row of the block.
-        end = len(target_N) if a + _BLOCK >= len(target_N) else int(torch.searchsorted(target_N, last, right=True))
+        to_the_end = a + _BLOCK >= len(target_N) or looks_are_forbidden()
+        end = len(target_N) if to_the_end else int(torch.searchsorted(target_N, last, right=True))
         for b in range(a, end, _BLOCK):
             columns = slice(b, min(b + _BLOCK, end))
             pair_AB = (target_N[rows, None] == target_N[columns]) & (place_N[rows, None] < place_N[columns])

@@ -6,6 +6,7 @@ pass begins with the same random numbers, and where a weight has changed before 
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 from weakref import WeakKeyDictionary
 
@@ -135,10 +136,26 @@ def _run(
         with isolate_rng():  # what comes after meets the same random numbers, and so the same augmentations
             for batch in over(readings, progress):
                 for reading in readings:
-                    reading.take(batch)
+                    with _said_of_pass(name):
+                        reading.take(batch)
         for reading in readings:
             with isolate_rng():
                 reading.finish(again_for(reading, progress))
+
+
+@contextmanager
+def _said_of_pass(name: str) -> Iterator[None]:
+    """Labels that do not fit features: in training they may."""
+    try:
+        yield
+    except ValueError as error:
+        if "does not fit" not in str(error):
+            raise
+        raise ValueError(
+            f"{error} This was a pass over the {name} data in eval mode, in which a network may give several rows of a "
+            "sample (Monte Carlo dropout, ensembles) or run another copy of itself: then give forward=, a function "
+            "forward(module, batch) that runs it once on each."
+        ) from None
 
 
 class _Weights:

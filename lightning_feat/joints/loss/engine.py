@@ -52,9 +52,7 @@ class _Engine:
 
     def around_training_step(self, module: LightningModule, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
-            return call(
-                *args, **kwargs
-            )  # a validation by the training step, or a pass over the data: nothing is trained
+            return call(*args, **kwargs)  # validation by the training step, or a pass: nothing is trained
         self.batch = args[0] if args else next(iter(kwargs.values()), None)
         self.waiting = self._due(module)
         self.backwards = 0

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_feat.arguments import check_fields
-from lightning_feat.joints.features.batches import TargetKey, class_indices, targets_of
+from lightning_feat.joints.features.batches import TargetKey, class_indices, mask_of, targets_of
 from lightning_feat.joints.features.taps import FeatureTap
 
 
@@ -144,6 +144,7 @@ class FeatureLossTerm(LossTerm):
         tap: where the features come from; it must keep the graph.
         target_key: where a batch keeps the targets, see ``targets_of``.
         ignore_index: samples with this target are left out. With no sample left the term is zero.
+        mask_key: where a batch keeps which tokens count ``(N, T)``, see ``joints.features.taps.pool``.
     """
 
     def __init__(
@@ -155,20 +156,31 @@ class FeatureLossTerm(LossTerm):
         target_key: TargetKey = None,
         ignore_index: int = -100,
         backward_index: int = 0,
+        mask_key: TargetKey = None,
     ) -> None:
         parameters = loss if isinstance(loss, nn.Module) else None
         super().__init__(name, weight, [tap], parameters, backward_index)
         self.loss = loss
         self.tap = tap
         self.target_key = target_key
-        self.ignore_index = ignore_index
+        self.ignore_index, self.mask_key = ignore_index, mask_key
+        self._told = False
         self.takes_targets = _takes_two(loss)
 
     def value(self, module: LightningModule, batch: Any) -> Tensor:
-        features = self.tap.take()
+        features = self.tap.take(mask_of(batch, self.mask_key))
+        if not (features.requires_grad or self._told):
+            self._told = True
+            rank_zero_warn(
+                f"the term {self.key} reaches no layer of the network: the features of {self.tap.label} have no "
+                "gradient, as where all that comes before is frozen. Nothing is left to train by it until a part is "
+                "unfrozen."
+            )
         if features.dtype != torch.float64:
             features = features.float()
+        counts = self._counted_tokens(batch, len(features))
         if not self.takes_targets:
+            features = features if counts is None else features[counts]
             return self.loss(features) if len(features) else features.sum()
         targets = class_indices(
             targets_of(batch, self.target_key),
@@ -176,12 +188,20 @@ class FeatureLossTerm(LossTerm):
             f"the targets of {self.key}",
             views=self.tap.pooling != "tokens",
         )
-        keep = targets != self.ignore_index
+        keep = targets.to(features.device) != self.ignore_index
+        keep = keep if counts is None else keep & counts
         if not bool(keep.any()):
             # Still a function of the features, so that DDP finds every parameter in the graph on every rank. A sum over
             # nothing: zero times a NaN that is ignored would be NaN.
             return features[keep].sum()
         return self.loss(features, targets) if bool(keep.all()) else self.loss(features[keep], targets[keep])
+
+    def _counted_tokens(self, batch: Any, num_rows: int) -> Tensor | None:
+        """Where each token is a sample of its own, which of the rows are no padding."""
+        mask = mask_of(batch, self.mask_key) if self.tap.pooling == "tokens" else None
+        if mask is not None and mask.numel() != num_rows:
+            raise ValueError(f"the mask of {self.key} is {tuple(mask.shape)} for {num_rows} tokens: set mask_key.")
+        return None if mask is None else mask.flatten()
 
 
 def _takes_two(loss: Callable[..., Tensor]) -> bool:

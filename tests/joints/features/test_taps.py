@@ -4,6 +4,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from lightning_feat.joints.features.taps import FeatureTap, TapError, find_layer, pool
 from tests.helpers import Plain
@@ -188,3 +189,57 @@ def test_unknown_options_are_refused():
         FeatureTap(read="outputs")
     with pytest.raises(ValueError, match="pooling='avg'"):
         FeatureTap(pooling="avg")
+
+
+MASK = torch.tensor([[1, 1, 0], [0, 0, 0]])
+
+
+def test_padding_is_in_no_pool():
+    padded = TOKENS.clone()
+    padded[~MASK.bool()] = torch.nan
+    torch.testing.assert_close(pool(padded, "mean", mask=MASK)[0], TOKENS[0, :2].mean(0))
+    torch.testing.assert_close(pool(padded, "max", mask=MASK)[0], TOKENS[0, :2].amax(0))
+    assert not pool(padded, "mean", mask=MASK)[1].any()  # a sample of padding alone
+    assert not pool(padded, "max", mask=MASK)[1].any()
+    with pytest.raises(ValueError, match=r"gives \(2, 3\) tokens, but the mask is \(2, 2\): set mask_key"):
+        pool(TOKENS, "mean", mask=MASK[:, :2])
+
+
+@pytest.mark.parametrize("mask", [None, torch.ones(1, 4096)])
+def test_a_mean_of_half_precision_is_taken_in_float32(mask):
+    many = (1 + torch.arange(4096) % 2 / 128).bfloat16()[None, :, None]  # in bfloat16 the mean would be 1 or 1.0078
+    mean = pool(many, "mean", mask=mask)
+    assert mean.dtype == torch.float32
+    torch.testing.assert_close(mean, torch.full((1, 1), 1 + 1 / 256))
+    assert pool(many.half(), "mean").dtype == torch.float32
+
+
+class Checkpoints(nn.Module):
+    def __init__(self, reentrant):
+        super().__init__()
+        self.body, self.fc, self.reentrant = nn.Linear(4, 8), nn.Linear(8, 3), reentrant
+
+    def forward(self, x):
+        return self.fc(checkpoint(self.body, x, use_reentrant=self.reentrant))
+
+
+def test_a_layer_that_ran_without_gradient_alone_is_told_as_that():
+    module, tap = Checkpoints(reentrant=True), FeatureTap("body", keep_graph=True)
+    tap.attach(module)
+    with pytest.raises(TapError, match=r"ran in this batch without gradient alone.*use_reentrant=False"):
+        heard(module, tap, X.clone().requires_grad_())
+    module.reentrant = False
+    assert heard(module, tap, X.clone().requires_grad_()).requires_grad
+
+
+def test_code_that_was_compiled_before_the_tap_is_named_as_a_reason():
+    module = Plain()
+    fast = torch.compile(lambda x: module.net(x), backend="eager")
+    fast(X)
+    tap = FeatureTap("net.body")
+    tap.attach(module)
+    tap.listen()
+    fast(X)
+    with pytest.raises(TapError, match=r"compiled, and run, before this callback came.*compile after"):
+        tap.take()
+    torch.compiler.reset()
