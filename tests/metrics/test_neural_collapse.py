@@ -220,7 +220,7 @@ def test_what_does_not_fit_is_named(features, targets, message):
 
 
 def test_on_an_accelerator_later_targets_out_of_range_are_left_out_and_reported_by_compute(monkeypatch):
-    monkeypatch.setattr("lightning_feat.metrics.common._values_are_at_hand", lambda values: False)
+    monkeypatch.setattr("lightning_feat.metrics.common.values_are_at_hand", lambda values: False)
     features, targets = batch()
     metric, whole = NeuralCollapse(C, D, second_moment=True), NeuralCollapse(C, D, second_moment=True)
     with pytest.raises(ValueError, match="a target is 7"):

@@ -119,7 +119,7 @@ def test_mps_sums_live_on_the_cpu():
         (torch.zeros(2, 3), torch.tensor([0, 1, 2]), r"got \(2, 3\) and \(3,\)"),
         (torch.zeros(2, 3, 4), torch.tensor([0, 1]), "pool or flatten"),
         (torch.zeros(2, 3), torch.zeros(2, 4), r"or \(N, 3\) floating soft targets"),
-        (torch.zeros(2, 3), torch.ones(2, 3), "the sums lie between 3 and 3: apply softmax"),
+        (torch.zeros(2, 3), torch.ones(2, 3), "the sums lie between 3 and 3. Of logits take the softmax"),
     ],
 )
 def test_what_does_not_fit_is_named(features, targets, message):
