@@ -37,7 +37,7 @@ BELOW = {  # what of ours each room may import, beside itself
     "joints/reference": {"joints/features", "joints/data", "joints/clip", "functional"},
     "callbacks": {"functional", "metrics", "layers", "optim", "data", "joints"},
     "mixins": {"callbacks", "joints"},
-    "doctor": {"callbacks", "joints"},
+    "doctor": {"callbacks", "functional", "joints"},
     "__main__": {"doctor"},
 }
 ACROSS = {  # which family's callbacks use those of another

@@ -16,8 +16,8 @@ from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_feat.doctor.blame import is_ours, name_of
+from lightning_feat.doctor.checks.terms import begin_now
 from lightning_feat.doctor.finding import Finding
-from lightning_feat.doctor.terms import begin_now
 from lightning_feat.doctor.trial import Run, make_trial, without_a_trace
 from lightning_feat.joints.module.wraps import add_link
 

@@ -7,9 +7,9 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_feat.callbacks.grassmann.head import GrassmannHead
 from lightning_feat.callbacks.grassmann.monitor import GrassmannMonitor
 from lightning_feat.callbacks.neural_collapse.simplex import DotRegressionRegularizer, SimplexETFHead
-from lightning_feat.doctor.before import averaging_before_heads, compiled_before_hooks
 from lightning_feat.doctor.blame import blame, name_of, warning_findings
-from lightning_feat.doctor.checks import check_trial
+from lightning_feat.doctor.checks.before import averaging_before_heads, compiled_before_hooks
+from lightning_feat.doctor.checks.trained import check_trial
 from lightning_feat.doctor.cost import measure_costs
 from lightning_feat.doctor.finding import Finding, in_order
 from lightning_feat.doctor.trial import LEFT_OUT, LedBack, Run, make_trial, without_a_trace
@@ -76,6 +76,7 @@ def _rehearse(run: Run, order: list[int], batches: int) -> list[Finding]:
             watch = Watch(batches, seen)
             try:
                 trial = make_trial(run, folder, batches, order, [], [watch])
+                watch.callbacks = trial.callbacks
                 trial.fit()
             except Exception as error:
                 raised = error

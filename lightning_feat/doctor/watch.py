@@ -1,12 +1,16 @@
+import math
 import warnings
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
+from lightning_feat.callbacks.feature_shift.monitor import FeatureShiftMonitor
 from lightning_feat.callbacks.grassmann.head import unfollowed_subspaces
-from lightning_feat.doctor.labels import TargetEar
-from lightning_feat.doctor.terms import Heard, begin_now, listen_to
+from lightning_feat.doctor.checks.labels import TargetEar
+from lightning_feat.doctor.checks.terms import Heard, begin_now, listen_to
+from lightning_feat.functional.feature_shift import shift_measures
+from lightning_feat.joints.data.epoch_ends import EpochEnds
 from lightning_feat.joints.loss.engine import loss_terms_of
 from lightning_feat.joints.module.wraps import add_link
 
@@ -31,7 +35,9 @@ class Watch(Callback):
         trained: by name, the parameters that had a gradient.
         terms: what was heard of each loss term.
         loaders: of the first epoch, ``num_batches`` of which it has; ``schedules`` as they were then.
-        logged: names of what was logged by the end.
+        logged: names of what was logged by the end; ``logged_by``, of those that a callback logs at the end of an
+            epoch, which one, by its position.
+        first_shifts: of the monitors of feature shift, by position, the largest relative shift in the first batch.
         optimizers: of the last batch.
         completed: whether the fit came to its end.
         largest_rate: of learning, in any step.
@@ -48,10 +54,13 @@ class Watch(Callback):
         self.trained: dict[str, nn.Parameter] = {}
         self.terms: list[Heard] = []
         self.losses: list[float] = []
+        self.callbacks: dict[int, Callback] = {}  # those of the trial, by position
         self.largest_rate = 0.0
         self.loaders: list[Any] = []
         self.num_batches = float("inf")
         self.logged: set[str] = set()
+        self.logged_by: dict[str, int] = {}
+        self.first_shifts: dict[int, float] = {}
         self.schedules: list[Any] = []
         self.optimizers: list[Any] = []
         self.whole: list[str] = []
@@ -61,6 +70,10 @@ class Watch(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         begin_now(pl_module)
+        for position, callback in self.callbacks.items():
+            for hook in ("on_train_epoch_end", "on_train_end"):
+                if isinstance(getattr(callback, "ends", None), EpochEnds):
+                    setattr(callback, hook, _Logs(self, position, getattr(callback, hook)))
         for term in loss_terms_of(pl_module):
             if not any(heard.term is term for heard in self.terms):
                 self.terms.append(listen_to(term))
@@ -95,6 +108,8 @@ class Watch(Callback):
             self.losses.append(float(loss.detach().float().mean()))
         self.optimizers = list(trainer.optimizers)
         self.unfollowed = unfollowed_subspaces(pl_module, self.optimizers)
+        if self._batches_run == 0:
+            self.first_shifts = {i: largest for i, c in self.callbacks.items() if (largest := _shift_of(c)) is not None}
         self._batches_run += 1
         if self._batches_run >= self.batches:
             trainer.should_stop = True
@@ -119,6 +134,28 @@ class Watch(Callback):
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _shift_of(callback: Callback) -> float | None:
+    """The largest relative shift from its own start that a monitor has found in this epoch."""
+    if not isinstance(callback, FeatureShiftMonitor) or callback.data != "train":
+        return None
+    if callback.without_prompts or callback.start is not None:
+        return None
+    shifts = [float(shift_measures(sums)["relative"]) for sums in callback._totals.values()]
+    return max((shift for shift in shifts if math.isfinite(shift)), default=0.0)
+
+
+class _Logs:
+    """In place of a hook: notes what is logged in it."""
+
+    def __init__(self, watch: Watch, position: int, hook: Any) -> None:
+        self.watch, self.position, self.hook = watch, position, hook
+
+    def __call__(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        before = set(trainer.callback_metrics)
+        self.hook(trainer, pl_module)
+        self.watch.logged_by |= dict.fromkeys(set(trainer.callback_metrics) - before, self.position)
 
 
 class _Ran:

@@ -4,6 +4,8 @@ import copy
 import math
 import pickle
 import warnings
+from functools import partial
+from types import MethodType
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_feat.baselines import MLPClassifier, TimmClassifier
+from lightning_feat.baselines import CubicCNN, MLPClassifier, TimmClassifier, UnconstrainedFeatures
 from lightning_feat.baselines.baseline import Baseline
 from lightning_feat.baselines.classifier import Classifier
 
@@ -201,3 +203,36 @@ def test_bad_argument_is_refused_by_name(arguments, message):
 
 def test_base_is_a_plain_lightning_module():
     assert Classifier.__mro__[1:3] == (Baseline, LightningModule)
+
+
+@pytest.mark.parametrize(
+    ("make", "option"),
+    [
+        (lambda: MLPClassifier(64, 3, lr=5.0), "lr=5.0"),
+        (lambda: MLPClassifier(64, 3, weight_decay=0.0), "weight_decay=0.0"),
+        (lambda: CubicCNN(momentum=0.5), "momentum=0.5"),
+        (lambda: UnconstrainedFeatures(counts=[2, 2], iterations=5), "iterations=5"),
+    ],
+)
+def test_an_option_of_an_optimizer_that_another_replaces_is_refused(make, option):
+    module = make()
+    replaced = partial(LightningCLI.configure_optimizers, optimizer=torch.optim.Adam(module.parameters()))
+    with pytest.raises(ValueError, match=f"{option}: this belongs to the default optimizer.*Adam.*--optimizer"):
+        module.configure_optimizers = MethodType(replaced, module)
+    assert type(module.configure_optimizers) is partial  # still the default, before there is a Trainer
+
+
+def test_an_optimizer_set_on_the_instance_is_taken_and_can_be_taken_away():
+    module = MLPClassifier(64, 3, lr=5.0)
+    module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=module.lr)
+    assert module.configure_optimizers().param_groups[0]["lr"] == 5.0
+    del module.configure_optimizers
+    assert type(module.configure_optimizers()) is dict
+
+
+def test_without_options_another_optimizer_may_come():
+    module = MLPClassifier(64, 3)
+    optimizer = torch.optim.Adam(module.parameters())
+    module.configure_optimizers = MethodType(partial(LightningCLI.configure_optimizers, optimizer=optimizer), module)
+    assert module.configure_optimizers() is optimizer
+    assert module.hparams["lr"] is None

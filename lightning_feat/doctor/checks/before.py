@@ -2,27 +2,32 @@
 
 from typing import Any
 
+from lightning.pytorch import Callback
+
+from lightning_feat.callbacks.feature_shift.prompts import PromptLearner
 from lightning_feat.callbacks.grassmann.head import GrassmannHead
+from lightning_feat.callbacks.neural_collapse.regularizer import NeuralCollapseRegularizer
 from lightning_feat.callbacks.neural_collapse.simplex import SimplexETFHead
 from lightning_feat.doctor.blame import is_ours, name_of
+from lightning_feat.doctor.checks.terms import taps_in
 from lightning_feat.doctor.finding import Finding
-from lightning_feat.doctor.terms import taps_in
 from lightning_feat.doctor.trial import Run
 from lightning_feat.joints.features.heads import _is_compiled
+from lightning_feat.joints.loss.terms import LossTerm
+from lightning_feat.joints.run.averaging import averages
 
-_AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
-_HEADS = (GrassmannHead, SimplexETFHead)
+_BRING = (GrassmannHead, SimplexETFHead, NeuralCollapseRegularizer, PromptLearner)
 
 
 def averaging_before_heads(run: Run) -> tuple[list[Finding], list[int]]:
-    """Findings about averaging callbacks that copy the module before its head is replaced; and the positions of all
-    callbacks in an order in which they do not.
+    """Findings about averaging callbacks that copy the module before its head is replaced, or parameters are brought
+    in; and the positions of all callbacks in an order in which they do not.
     """
     findings: list[Finding] = []
     early: list[int] = []
     for i, callback in enumerate(run.callbacks):
-        heads = [other for other in run.callbacks[i + 1 :] if isinstance(other, _HEADS)]
-        if heads and any(cls.__name__ in _AVERAGING for cls in type(callback).__mro__):
+        heads = [other for other in run.callbacks[i + 1 :] if _brings(other)]
+        if heads and averages(callback):
             early.append(i)
             name, head = type(callback).__name__, type(heads[0]).__name__
             findings.append(
@@ -31,11 +36,18 @@ def averaging_before_heads(run: Run) -> tuple[list[Finding], list[int]]:
                     "averaging-before-head",
                     name,
                     f"{name} stands before {head}.",
-                    "It copies the module with the old classifier, and would average that one.",
+                    f"It copies the module without what {head} puts in, and would average the wrong tensors.",
                     f"Put {head} before {name} in Trainer(callbacks=[...]).",
                 )
             )
     return findings, [i for i in range(len(run.callbacks)) if i not in early] + early
+
+
+def _brings(callback: Callback) -> bool:
+    """Whether it puts a head or parameters of its own into the module."""
+    terms = [value for value in vars(callback).values() if isinstance(value, LossTerm)]
+    own = any(term.parameters is not None and any(True for _ in term.parameters.parameters()) for term in terms)
+    return isinstance(callback, _BRING) or (own and is_ours(callback))
 
 
 def compiled_before_hooks(run: Run) -> list[Finding]:

@@ -1,11 +1,10 @@
 """What can be told from a trial that ran."""
 
-import difflib
 from collections.abc import Callable
 
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import BaseFinetuning
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler, SequentialSampler
 
 from lightning_feat.callbacks.data_plan import DataPlan
@@ -13,9 +12,11 @@ from lightning_feat.callbacks.grassmann.monitor import GrassmannMonitor
 from lightning_feat.callbacks.neural_collapse.monitor import NeuralCollapseMonitor
 from lightning_feat.callbacks.simplicity_bias.upsampler import SimplicityBiasUpsampler
 from lightning_feat.doctor.blame import name_of
+from lightning_feat.doctor.checks.awaited import find_awaited
+from lightning_feat.doctor.checks.labels import differ, num_mixed
+from lightning_feat.doctor.checks.noise import find_noise
+from lightning_feat.doctor.checks.schedules import check_schedules
 from lightning_feat.doctor.finding import Finding
-from lightning_feat.doctor.labels import differ, num_mixed
-from lightning_feat.doctor.schedules import check_schedules
 from lightning_feat.doctor.trial import Run, Trial
 from lightning_feat.doctor.watch import Watch
 from lightning_feat.joints.features.batches import TargetKey, targets_of
@@ -34,7 +35,8 @@ def check_trial(run: Run, trial: Trial, watch: Watch) -> list[Finding]:
         _labels,
         _samplers,
         _schedules,
-        _awaited,
+        find_awaited,
+        find_noise,
     ]
     return [finding for check in checks for finding in check(run, trial, watch)]
 
@@ -139,6 +141,17 @@ def _terms(run: Run, trial: Trial, watch: Watch) -> list[Finding]:
                     "Lower its weight, or look at its features: are they zero, or in half precision?",
                 )
             )
+        elif heard and not any(h.reads and h.reaches for h in heard) and _unfreezes(run):
+            findings.append(
+                Finding(
+                    "note",
+                    "frozen-for-now",
+                    where,
+                    f"the layer of the loss term {heard[0].term.key} is frozen at the start; {_unfreezes(run)} lets it "
+                    "go later.",
+                    "Until then the term trains nothing, and after that was not looked at.",
+                )
+            )
         elif heard and not any(h.reads and h.reaches for h in heard):
             findings.append(
                 Finding(
@@ -162,6 +175,11 @@ def _terms(run: Run, trial: Trial, watch: Watch) -> list[Finding]:
                 )
             )
     return findings
+
+
+def _unfreezes(run: Run) -> str:
+    """The callback that lets frozen layers go while the run goes on; nothing where there is none."""
+    return next((type(callback).__name__ for callback in run.callbacks if isinstance(callback, BaseFinetuning)), "")
 
 
 def _terms_of(callback: Callback) -> list[LossTerm]:
@@ -275,23 +293,3 @@ def _schedules(run: Run, trial: Trial, watch: Watch) -> list[Finding]:
     if not watch.completed:
         return []
     return check_schedules(trial.trainer, trial.module, watch.schedules, plans, watch.loaders, watch.num_batches)
-
-
-def _awaited(run: Run, trial: Trial, watch: Watch) -> list[Finding]:
-    findings = []
-    for callback in run.callbacks if watch.completed else ():
-        name = getattr(callback, "monitor", None)
-        if not isinstance(callback, (EarlyStopping, ModelCheckpoint)) or name is None or name in watch.logged:
-            continue
-        nearest = difflib.get_close_matches(name, watch.logged, n=3, cutoff=0.4) or sorted(watch.logged)[:6]
-        findings.append(
-            Finding(
-                "error",
-                "metric-not-logged",
-                type(callback).__name__,
-                f"it waits for {name!r}, which was not logged in an epoch of training and validation.",
-                "It would end the training, or never act.",
-                f"Nearest: {', '.join(nearest)}." if nearest else "Log it.",
-            )
-        )
-    return findings

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, kl_div, nll_loss, one_hot
 
-from lightning_feat.doctor.labels import TargetEar, differ, num_mixed
+from lightning_feat.doctor.checks.labels import TargetEar, differ, num_mixed
 
 TARGETS = torch.tensor([0, 1, 2, 3, 1, 2])
 

@@ -22,6 +22,7 @@ class Heard:
         reaches: whether a path leads from its value to weights of the network.
         largest: absolute entry of the gradient at the features, over all batches.
         nonfinite: batches in which its value was NaN or inf.
+        first: its value in the first batch.
     """
 
     term: LossTerm
@@ -30,6 +31,7 @@ class Heard:
     reaches: bool = False
     largest: float = 0.0
     nonfinite: int = 0
+    first: float = 0.0
     features: list[Tensor] = field(default_factory=list)
 
     def around_take(self, take: Callable[..., Tensor], *args: Any) -> Tensor:
@@ -44,6 +46,7 @@ class Heard:
         """In place of ``value`` of the term."""
         self.features = []
         result = value(module, batch)
+        self.first = float(result.detach()) if self.batches == 0 else self.first
         self.batches += 1
         self.nonfinite += not bool(result.detach().isfinite().all())
         if self.features:
