@@ -128,6 +128,8 @@ CONDITIONS = [
     Condition("compiled network", LOOP, habits={"compiled": "network"}),
     Condition("step returns a dict", LOOP, habits={"returns": "dict"}, quick=True),
     Condition("step returns None now and then", LOOP, habits={"returns": "none"}, quick=True),
+    Condition("no forward", LOOP, habits={"forward": False}),
+    Condition("second input of forward", DATA, habits={"batch": "two inputs"}),
     Condition("batches as list", DATA, habits={"batch": "list"}),
     Condition("batches as dict", DATA, habits={"batch": "dict"}, quick=True),
     Condition("batches as dataclass", DATA, habits={"batch": "dataclass"}, quick=True),

@@ -26,7 +26,7 @@ class Habits:
     """How a user writes his module, and what his data look like."""
 
     task: Literal["classes", "regression", "clip"] = "classes"
-    batch: Literal["tuple", "list", "dict", "dataclass"] = "tuple"
+    batch: Literal["tuple", "list", "dict", "dataclass", "two inputs"] = "tuple"
     soft: bool = False
     returns: Literal["tensor", "dict", "none"] = "tensor"
     optimization: Literal["automatic", "manual", "bare", "mixin"] = "automatic"
@@ -35,6 +35,7 @@ class Habits:
     compiled: Literal["", "module", "network"] = ""
     dropout: float = 0.2
     sharded: bool = False
+    forward: bool = True
 
     def but(self, **changes: Any) -> "Habits":
         return replace(self, **changes)
@@ -131,9 +132,15 @@ class UserCode:
         """The network, without the wrapper of ``torch.compile``."""
         return getattr(self.net, "_orig_mod", self.net)
 
-    def forward(self, batch: Any) -> Tensor:
+    def forward(self, batch: Any, scale: Tensor | None = None) -> Tensor:
         """Of inputs, or of a batch that is no tuple: as others are called with keywords of a dict."""
-        return self.net(batch if isinstance(batch, Tensor) else self.unpack(batch)[0], **self.arguments())
+        if scale is not None:
+            batch = batch * scale
+        return self.run(batch if isinstance(batch, Tensor) else self.unpack(batch)[0])
+
+    def run(self, x: Tensor) -> Tensor:
+        """The logits, by whatever the inputs have become."""
+        return self.net(x, **self.arguments())
 
     def arguments(self) -> dict[str, Any]:
         """Of the network, beside the inputs."""
@@ -144,6 +151,8 @@ class UserCode:
             return batch["image"], batch["label"]
         if self.habits.batch == "dataclass":
             return batch.x, batch.target
+        if self.habits.batch == "two inputs":
+            return batch[0] * batch[2], batch[1]
         return batch[0], batch[1]
 
     def criterion(self, logits: Tensor, targets: Tensor) -> Tensor:
@@ -185,13 +194,13 @@ class UserCode:
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         x, y = self.unpack(batch)
-        self.log("val/loss", self.criterion(self(x), y), add_dataloader_idx=True)
+        self.log("val/loss", self.criterion(self.run(x), y), add_dataloader_idx=True)
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         self.validation_step(batch, batch_idx)
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return self(self.unpack(batch)[0])
+        return self.run(self.unpack(batch)[0])
 
     def configure_optimizers(self) -> Any:
         lr = 0.002 if self.habits.task == "clip" else 0.1  # more than that, and prompts of a CLIP diverge
@@ -332,6 +341,12 @@ class User(UserCode, pl.LightningModule):
     pass
 
 
+class WithoutForward(User):
+    """All is in its steps, which is legal."""
+
+    forward = pl.LightningModule.forward
+
+
 class Mixed(LossTermsMixin, User):
     pass
 
@@ -360,7 +375,16 @@ class BringingSharded(CallbacksMixin, ShardedUser):
     """Brings the callbacks itself, and shards its network."""
 
 
-BRINGING = {User: Bringing, Mixed: BringingMixed, ShardedUser: BringingSharded}
+class BringingWithoutForward(CallbacksMixin, WithoutForward):
+    """Brings the callbacks itself, and has all in its steps."""
+
+
+BRINGING = {
+    User: Bringing,
+    Mixed: BringingMixed,
+    ShardedUser: BringingSharded,
+    WithoutForward: BringingWithoutForward,
+}
 
 
 def user(habits: Habits, root: Any = pl, by_mixin: bool = False) -> Any:
@@ -369,6 +393,7 @@ def user(habits: Habits, root: Any = pl, by_mixin: bool = False) -> Any:
         bases = (CallbacksMixin, UserCode) if by_mixin else (UserCode,)
         return type("User", (*bases, root.LightningModule), {})(habits)
     kind = Mixed if habits.optimization == "mixin" else ShardedUser if habits.sharded else User
+    kind = kind if habits.forward else WithoutForward
     return (BRINGING[kind] if by_mixin else kind)(habits)
 
 

@@ -372,3 +372,11 @@ def test_too_many_classes_for_the_features_are_refused(tmp_path):
 def test_impossible_arguments_are_refused_at_once(make, text):
     with pytest.raises(ValueError, match=text):
         make()
+
+
+def test_a_fixed_head_on_a_frozen_network_leaves_nothing_to_train(tmp_path):
+    module = Plain()
+    module.net.body.requires_grad_(False)
+    run = trainer(tmp_path, callbacks=[SimplexETFHead()])
+    with pytest.raises(ValueError, match="nothing is left to train in Plain"):
+        run.fit(module, loader())
