@@ -2,10 +2,25 @@
 name, and ``lightning-feat doctor --config FILE``, which tries the same run for a moment and says what is wrong.
 """
 
+import difflib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+SUBCOMMANDS = {
+    "fit": "train, and validate meanwhile",
+    "validate": "one pass over the validation data",
+    "test": "one pass over the test data",
+    "predict": "one pass over the data to predict for",
+    "doctor": "try the same run as fit for a moment, and say what is wrong with it",
+}
+_HELP = """usage: lightning-feat SUBCOMMAND --config FILE [options]
+
+subcommands:
+{subcommands}
+
+--config takes a file or the name of a shipped recipe, such as quickstart; any option of it may follow, such as
+--trainer.max_epochs 3. `lightning-feat SUBCOMMAND --help` lists the options; they are those of LightningCLI."""
 _PACKAGE = Path(__file__).parent
 
 
@@ -47,21 +62,42 @@ def with_recipes(arguments: Sequence[str]) -> list[str]:
     return found
 
 
+def answer_at_once(arguments: Sequence[str]) -> str | None:
+    """The help, where it is asked for; None where there is something to run. Lightning is not imported for this, which
+    takes seconds.
+
+    Raises:
+        ValueError: if there is no such subcommand; the message names the one that is meant.
+    """
+    if not arguments or arguments[0] in ("-h", "--help"):
+        return _HELP.format(subcommands="\n".join(f"  {name:10}{what}" for name, what in SUBCOMMANDS.items()))
+    first = arguments[0]
+    if first in SUBCOMMANDS or first.startswith("-"):
+        return None
+    near = difflib.get_close_matches(first, SUBCOMMANDS, n=1)
+    meant = f"did you mean {near[0]!r}?" if near else f"they are {', '.join(SUBCOMMANDS)}."
+    raise ValueError(f"there is no subcommand {first!r}: {meant}")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run LightningCLI on ``arguments``, those of the process by default. Its own options are unchanged. After
     ``doctor`` come those of ``fit``.
     """
     given = sys.argv[1:] if arguments is None else arguments
     try:
+        answer = answer_at_once(given)
+        given = with_recipes(given)
+    except ValueError as error:
+        sys.exit(f"lightning-feat: {error}")
+    if answer is not None:
+        print(answer)
+        return
+    try:
         import jsonargparse  # noqa: F401  # what LightningCLI needs, and Lightning alone does not bring
         from lightning.pytorch.cli import LightningCLI
     except ImportError:
         sys.exit('the command line needs jsonargparse: pip install "lightning-feat[recipes]"')
-    try:
-        given = with_recipes(given)
-    except ValueError as error:
-        sys.exit(f"lightning-feat: {error}")
-    if given and given[0] == "doctor":
+    if given[0] == "doctor":
         from lightning_feat.doctor.command import run_doctor
 
         sys.exit(run_doctor(given[1:]))

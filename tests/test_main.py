@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from lightning.pytorch.cli import LightningCLI
 
-from lightning_feat.__main__ import find_recipe, main, recipe_folder, with_recipes
+from lightning_feat.__main__ import SUBCOMMANDS, find_recipe, main, recipe_folder, with_recipes
 from lightning_feat.data import write_example_cifar, write_example_folder
 
 RECIPES = sorted(
@@ -31,6 +31,24 @@ def test_an_unknown_recipe_is_answered_with_the_list():
         find_recipe("quickstrat")
     with pytest.raises(SystemExit, match="lightning-feat: there is no file 'quickstrat'"):
         main(["fit", "--config", "quickstrat"])
+
+
+def test_help_lists_every_subcommand_and_imports_neither_lightning_nor_torch():
+    code = "import sys; from lightning_feat.__main__ import main; main(['--help']); sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    assert all(f"\n  {name} " in done.stdout for name in SUBCOMMANDS)
+
+
+def test_the_subcommands_are_those_of_lightning_and_the_doctor():
+    assert SUBCOMMANDS.keys() == {*LightningCLI.subcommands(), "doctor"}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "answer"), [("fti", "did you mean 'fit'"), ("docter", "did you mean 'doctor'"), ("xyz", "they are fit, ")]
+)
+def test_a_misspelt_subcommand_is_answered_with_the_nearest(wrong, answer):
+    with pytest.raises(SystemExit, match=f"no subcommand '{wrong}': {answer}"):
+        main([wrong, "--config", "quickstart"])
 
 
 def test_only_the_values_of_config_are_replaced():
