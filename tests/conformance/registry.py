@@ -252,6 +252,7 @@ CALLBACKS = [
     Entry(
         "FeatureShiftMonitor",
         "monitor",
+        {"every_n_batches": 1},
         refuses=NO_FSDP2,
         failure=Failure("lightning_feat.callbacks.feature_shift.monitor.shift_sums", "batch end"),
     ),

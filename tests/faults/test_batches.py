@@ -100,7 +100,7 @@ CALLBACKS = {
     "dot-regression, balanced": lambda: [SimplexETFHead(), DotRegressionRegularizer(class_counts="batch")],
     "user's term": lambda: [FeatureRegularizer(spread, "spread")],
     "collapse terms": lambda: [NeuralCollapseRegularizer()],
-    "shift": lambda: [FeatureShiftMonitor(["net.body"])],
+    "shift": lambda: [FeatureShiftMonitor(["net.body"], every_n_batches=1)],
     "shift term": lambda: [FeatureShiftRegularizer(["net.body"])],
     "plan": lambda: [DataPlan(lambda epoch: None)],
     "slow examples": lambda: [SimplicityBiasUpsampler(separating_epoch=1)],

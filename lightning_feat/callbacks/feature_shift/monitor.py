@@ -34,6 +34,8 @@ from lightning_feat.joints.run.inside import InsideFit
 from lightning_feat.joints.run.spared import run_spared
 from lightning_feat.joints.run.twins import callbacks_of, refuse_twin
 
+_EVERY = 10  # batches; a look costs a third of a step
+
 
 class FeatureShiftMonitor(Callback):
     """Log how far the features of chosen layers have moved from those that the network had when the run began.
@@ -49,9 +51,9 @@ class FeatureShiftMonitor(Callback):
     j, ``feature_shift/discrepancy/<j>``, and its mean, ``feature_shift/discrepancy/mean``, are logged as well. With
     ``reference="without_prompts"`` the towers are compared with themselves without their prompts.
 
-    Cost: one forward pass of the reference a batch, or every n-th batch, and the weights of its trunk once more, on the
-    device and in every checkpoint; see ``joints.reference``. A ``FeatureShiftRegularizer`` in the same run with
-    a live reference of the same trunk shares copy and pass.
+    Cost: one forward pass of the reference in each batch that is looked at, every tenth by default, and the weights of
+    its trunk once more, on the device and in every checkpoint; see ``joints.reference``. A ``FeatureShiftRegularizer``
+    in the same run with a live reference of the same trunk shares copy and pass.
 
     Attributes:
         history: by layer, ``(epochs completed, relative shift)``; a resumed run has all of it.
@@ -62,7 +64,9 @@ class FeatureShiftMonitor(Callback):
         reference: ``"start"``, or ``"without_prompts"``.
         text_layers: blocks of the text tower; None for all where ``image_layers`` or prompts say that there are towers.
         image_layers: blocks of the image tower, as many.
-        every_n_batches: look at batches 0, n, 2 n, ... of each epoch only.
+        every_n_batches: look at batches 0, n, 2 n, ... of each epoch only. None: in training at every tenth, and at the
+            last batch of an epoch with fewer; in validation at each. What is logged of training then is the mean over
+            a tenth of the samples, with about three times its error from sampling.
         figure: when fitting ends, draw the shifts as ``feature_shift.png`` (``feature_shift_val.png``) in the run's
             own folder (``joints.run.folder``), and in every logger that shows images. Needs matplotlib.
         read: the ``"output"`` or the ``"input"`` of ``layers``.
@@ -81,7 +85,7 @@ class FeatureShiftMonitor(Callback):
         reference: Literal["start", "without_prompts"] = "start",
         text_layers: Sequence[str] | None = None,
         image_layers: Sequence[str] | None = None,
-        every_n_batches: int = 1,
+        every_n_batches: int | None = None,
         figure: bool = False,
         read: Read | None = None,
         pooling: Pooling | None = "tokens",
@@ -90,7 +94,7 @@ class FeatureShiftMonitor(Callback):
         start: str | None = None,
         forward: Forward | None = None,
     ) -> None:
-        if every_n_batches < 1:
+        if every_n_batches is not None and every_n_batches < 1:
             raise ValueError(f"every_n_batches={every_n_batches} must be at least 1.")
         self.without_prompts = reference == "without_prompts"
         self.towers = self.without_prompts or bool(text_layers or image_layers)
@@ -192,7 +196,7 @@ class FeatureShiftMonitor(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._frozen is not None:
             self._frozen.prepare(trainer, pl_module, batch)
-        if self.data == "train" and batch_idx % self.every_n_batches == 0:
+        if self.data == "train" and self._is_due(trainer, batch_idx):
             self._listen()
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -217,7 +221,7 @@ class FeatureShiftMonitor(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         fits = self.data == "val" and trainer.state.fn == "fit" and not trainer.sanity_checking
-        if fits and batch_idx % self.every_n_batches == 0:
+        if fits and batch_idx % (self.every_n_batches or 1) == 0:
             self._listen()
 
     def on_validation_batch_end(
@@ -251,6 +255,12 @@ class FeatureShiftMonitor(Callback):
     def _frozen(self) -> FrozenStart | None:
         reference = None if self.comparison is None else self.comparison.reference
         return reference if isinstance(reference, FrozenStart) else None
+
+    def _is_due(self, trainer: Trainer, batch_idx: int) -> bool:
+        if self.every_n_batches is not None:
+            return batch_idx % self.every_n_batches == 0
+        # Not the first: in a short epoch it would be the only one, and in the first epoch it has not moved.
+        return batch_idx % _EVERY == _EVERY - 1 or (trainer.is_last_batch and batch_idx < _EVERY)
 
     def _listen(self) -> None:
         self._listens = True

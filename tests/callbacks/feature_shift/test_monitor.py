@@ -57,7 +57,7 @@ def seeded(cls, *args, **kwargs):
 
 def test_it_logs_the_shift_of_all_samples_of_an_epoch(tmp_path):
     """60 samples in batches of 8: the last one is smaller, and a mean of batches would be another value."""
-    module, monitor = seeded(Remembers), FeatureShiftMonitor(LAYERS)
+    module, monitor = seeded(Remembers), FeatureShiftMonitor(LAYERS, every_n_batches=1)
     run = fit(tmp_path, module, monitor, data=loader(60), max_epochs=2)
     now, start = (torch.cat(column) for column in zip(*module.seen[8:], strict=True))
     logged = run.callback_metrics
@@ -142,7 +142,7 @@ def test_a_regularizer_lends_its_copy_and_its_pass(tmp_path):
         def count(self, *_):
             self.calls += 1
 
-    held, monitor, count = FeatureShiftRegularizer(LAYERS), FeatureShiftMonitor(LAYERS), Count()
+    held, monitor, count = FeatureShiftRegularizer(LAYERS), FeatureShiftMonitor(LAYERS, every_n_batches=1), Count()
     run = fit(tmp_path, seeded(Plain), held, monitor, count, max_epochs=1)
     assert count.calls == 8  # one for each batch
     values = [run.callback_metrics[f"feature_shift/relative/{layer}"] for layer in LAYERS]
@@ -178,7 +178,7 @@ def test_a_batch_whose_step_runs_twice_is_heard_once_at_its_own_weights(tmp_path
 
     for beside in ([], [FeatureShiftRegularizer("net.body", weight=1e-9)]):  # one that runs the reference twice, too
         module = seeded(Twice)
-        run = fit(tmp_path, module, *beside, FeatureShiftMonitor("net.body"), max_epochs=1)
+        run = fit(tmp_path, module, *beside, FeatureShiftMonitor("net.body", every_n_batches=1), max_epochs=1)
         now, start = (torch.cat(column) for column in zip(*module.seen[::2], strict=True))
         torch.testing.assert_close(run.callback_metrics["feature_shift/relative/net.body"], relative_shift(now, start))
 
@@ -187,6 +187,15 @@ def test_every_nth_batch_is_looked_at(tmp_path):
     module, monitor = seeded(Remembers), FeatureShiftMonitor("net.body", every_n_batches=3)
     run = fit(tmp_path, module, monitor, max_epochs=1)
     now, start = (torch.cat(column) for column in zip(*module.seen[::3], strict=True))
+    torch.testing.assert_close(run.callback_metrics["feature_shift/relative/net.body"], relative_shift(now, start))
+
+
+@pytest.mark.parametrize(("batches", "seen"), [(4, [3]), (10, [9]), (25, [9, 19])])
+def test_by_default_every_tenth_batch_is_looked_at_and_the_last_of_a_shorter_epoch(tmp_path, batches, seen):
+    module, monitor = seeded(Remembers), FeatureShiftMonitor("net.body")
+    run = fit(tmp_path, module, monitor, data=loader(8 * batches), max_epochs=1)
+    assert len(module.seen) == batches
+    now, start = (torch.cat(column) for column in zip(*(module.seen[place] for place in seen), strict=True))
     torch.testing.assert_close(run.callback_metrics["feature_shift/relative/net.body"], relative_shift(now, start))
 
 
