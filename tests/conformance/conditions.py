@@ -178,7 +178,15 @@ CONDITIONS = [
     Condition("LearningRateFinder at a milestone", AROUND, courses.rate_finder_at_milestone, quick=True),
     Condition("BatchSizeFinder", AROUND, courses.batch_size_finder),
     Condition("EMA", AROUND, courses.ema, available=hasattr(lightning_callbacks, "EMAWeightAveraging")),
+    Condition(
+        "EMA, validated and resumed",
+        AROUND,
+        courses.ema_resumed,
+        habits={"dropout": 0.0},
+        available=hasattr(lightning_callbacks, "EMAWeightAveraging"),
+    ),
     Condition("SWA", AROUND, courses.swa),
+    Condition("fine-tuning, validated and resumed", AROUND, courses.thawed_and_resumed, habits={"dropout": 0.0}),
     Condition("LightningCLI", AROUND, courses.cli),
     Condition("deepcopy and pickling", AROUND, courses.copied),
     Condition(

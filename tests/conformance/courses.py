@@ -7,14 +7,20 @@ import copy
 import importlib
 import io
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 from unittest import mock
 
 import lightning.pytorch as pl
 import torch
 import yaml
-from lightning.pytorch.callbacks import BatchSizeFinder, EarlyStopping, LearningRateFinder, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    BatchSizeFinder,
+    EarlyStopping,
+    LearningRateFinder,
+    ModelCheckpoint,
+)
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.tuner import Tuner
 
@@ -239,11 +245,12 @@ class SaveAt(pl.Callback):
             trainer.save_checkpoint(self.path)
 
 
-def first_epoch(side: Side, active: bool = True) -> Any:
+def first_epoch(side: Side, active: bool = True, beside: Sequence[Any] = ()) -> Any:
     """A run that is cut off when its second epoch has begun, and its checkpoint of the first."""
     keep, end = ModelCheckpoint(side.folder, save_last=True), RaiseAt(ArithmeticError("cut off"), batch=0)
     module, callbacks = side.module(active), side.callbacks(active)
-    trainer = side.trainer([*callbacks, keep, end], max_epochs=max(2, side.entry.epochs), enable_checkpointing=True)
+    every = [*callbacks, *beside, keep, end]
+    trainer = side.trainer(every, max_epochs=max(2, side.entry.epochs), enable_checkpointing=True)
     with expecting(ArithmeticError):
         side.fit(trainer, module, callbacks)
     return side.folder / "last.ckpt"
@@ -411,6 +418,43 @@ def swa(side: Side) -> Run:
 
     lr = 0.001 if side.entry.task == "clip" else 0.05
     return averaged(side, StochasticWeightAveraging(lr, swa_epoch_start=1, annealing_epochs=1))
+
+
+def resumed_beside(side: Side, make: Any) -> Run:
+    """Beside another callback: cut off after an epoch, its checkpoint validated by a new module, then resumed."""
+    if side.entry.resumes_exactly and not side.ours:
+        return averaged(side, make())
+    path = first_epoch(side, beside=[make()])
+    module, callbacks = side.module(), side.callbacks()
+    validating = side.trainer(callbacks)
+    side.start(validating, module, callbacks)
+    validated = validating.validate(module, side.loader("val"), ckpt_path=path, verbose=False)
+    module, callbacks = side.module(), side.callbacks()
+    run = side.fit(side.trainer([*callbacks, make()], max_epochs=3), module, callbacks, ckpt_path=path)
+    if not side.entry.resumes_exactly:  # else the written side has not been cut off
+        run.more["validated"] = validated
+    return run
+
+
+def ema_resumed(side: Side) -> Run:
+    from lightning.pytorch.callbacks import EMAWeightAveraging
+
+    return resumed_beside(side, lambda: EMAWeightAveraging(decay=0.8))
+
+
+class Thaws(BaseFinetuning):
+    """Freezes the body of the network for an epoch; when a run resumes it makes the groups of the optimizer anew."""
+
+    def freeze_before_training(self, pl_module: Any) -> None:
+        self.freeze(pl_module.network.body)
+
+    def finetune_function(self, pl_module: Any, epoch: int, optimizer: Any) -> None:
+        if epoch >= 1:
+            self.make_trainable(pl_module.network.body)
+
+
+def thawed_and_resumed(side: Side) -> Run:
+    return resumed_beside(side, Thaws)
 
 
 class Copies(pl.Callback):

@@ -3,7 +3,8 @@
 A term is added inside ``training_step``: there it meets the loss before the fp16 scale and the division by
 accumulated batches, and inside the forward of DDP. ``on_before_backward`` comes after all three. With manual
 optimization a term joins a ``manual_backward`` of the step; a module that calls ``loss.backward()`` itself asks for
-the terms through ``LossTermsMixin``.
+the terms through ``LossTermsMixin``. One that accumulates by hand, ``manual_backward(loss / n)``, says so by an
+attribute ``loss_terms_factor = 1 / n``, as what a loss was divided by cannot be seen.
 
 All terms of a module share one engine, so that the order of the callbacks that bring them does not matter.
 """
@@ -78,17 +79,19 @@ class _Engine:
     ) -> Any:
         index, self.backwards = self.backwards, self.backwards + 1
         joining = [key for key in self.waiting if self.terms[key].backward_index == index]
-        returned = call(self.add(module, loss, joining), *args, **kwargs)
+        returned = call(self.add(module, loss, joining, _factor_of(module)), *args, **kwargs)
         if not kwargs.get("retain_graph", False):
             for key in self.waiting:  # what they heard so far belongs to a graph that is gone
                 for tap in self.terms[key].taps:
                     tap.listen()
         return returned
 
-    def add(self, module: LightningModule, loss: Tensor, keys: Sequence[str] | None = None) -> Tensor:
-        """The loss plus the waiting terms (of ``keys``), each logged."""
+    def add(
+        self, module: LightningModule, loss: Tensor, keys: Sequence[str] | None = None, factor: float = 1.0
+    ) -> Tensor:
+        """The loss plus the waiting terms (of ``keys``), each logged; all times ``factor``."""
         keys = list(self.waiting) if keys is None else keys
-        weights = {key: self.waiting.pop(key) for key in keys}
+        weights = {key: factor * self.waiting.pop(key) for key in keys}
         owners = [term.parameters for term in self.terms.values() if term.parameters is not None]
         with torch.autocast(module.device.type, enabled=False), own_parameters.in_use(owners):
             values = {key: self.terms[key].value(module, self.batch) for key in keys}
@@ -145,6 +148,17 @@ class _Engine:
             weighted = weights[key] * value
             share = torch.where(weighted == 0, 0.0, weighted / whole)  # also of a loss that is zero: an empty batch
             module.log(self.terms[key].log_name("share"), share, **how)
+
+
+def _factor_of(module: LightningModule) -> float:
+    """What a module that accumulates by hand, ``manual_backward(loss / n)``, has divided its loss by."""
+    factor: Any = getattr(module, "loss_terms_factor", 1.0)
+    if not isinstance(factor, (int, float)) or not 0 < factor < math.inf:
+        raise ValueError(
+            f"loss_terms_factor={factor!r} of {type(module).__name__}: it multiplies the loss terms that join a "
+            "manual_backward, and is 1 / n where the module passes loss / n."
+        )
+    return float(factor)
 
 
 def add_loss_term(module: LightningModule, term: LossTerm) -> None:

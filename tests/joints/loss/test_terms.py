@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_feat.callbacks import FeatureRegularizer
+from lightning_feat.callbacks import FeatureRegularizer, NeuralCollapseRegularizer
 from lightning_feat.joints.loss.engine import waiting_loss_terms
 from lightning_feat.joints.loss.terms import WeightSchedule
 from lightning_feat.mixins import LossTermsMixin
@@ -406,3 +406,35 @@ def test_a_validation_by_the_training_step_adds_nothing(tmp_path):
     run = trainer(tmp_path, callbacks=[term])
     run.fit(module, loader(), loader(16))
     assert run.callback_metrics["val"] < 100
+
+
+class AccumulatesByHand(Plain):
+    """Accumulates two batches, as Lightning does by ``accumulate_grad_batches=2``."""
+
+    def __init__(self, factor):
+        super().__init__(manual=True)
+        if factor is not None:
+            self.loss_terms_factor = factor
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        self.manual_backward(torch.nn.functional.cross_entropy(self(batch[0]), batch[1]) / 2)
+        if batch_idx % 2:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("make", [lambda: FeatureRegularizer(norm, "norm"), NeuralCollapseRegularizer])
+def test_a_module_that_accumulates_by_hand_says_by_what_it_divides(tmp_path, make):
+    def end(module, **options):
+        torch.manual_seed(0)
+        module = module()
+        trainer(tmp_path, callbacks=[make()], **options).fit(module, loader())
+        return weights(module)
+
+    expected = end(Plain, accumulate_grad_batches=2)
+    for found, there in zip(end(lambda: AccumulatesByHand(0.5)), expected, strict=True):
+        torch.testing.assert_close(found, there)
+    assert not equal(end(lambda: AccumulatesByHand(None)), expected)
+    with pytest.raises(ValueError, match="loss_terms_factor='half' of AccumulatesByHand"):
+        end(lambda: AccumulatesByHand("half"))
