@@ -253,8 +253,8 @@ class _TakePlaces:
     def __call__(self, module: LightningModule, call: Callable[..., Any]) -> Any:
         if not any(p.requires_grad for p in module.parameters()):
             raise ValueError(
-                f"nothing is left to train in {type(module).__name__}: SimplexETFHead has fixed the classifier, and all "
-                "that comes before it is frozen. Let a part of it train, or keep a classifier that does."
+                f"nothing is left to train in {type(module).__name__}: SimplexETFHead has fixed the classifier, and "
+                "all that comes before it is frozen. Let a part of it train, or keep a classifier that does."
             )
         configured = call()
         take_places(optimizers_in(configured), named_or_found(module, self.layer)[1])
