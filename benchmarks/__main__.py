@@ -25,6 +25,7 @@ import torch
 from turns import Effort, Row, add_efforts, table
 
 DOCS = Path(__file__).parents[1] / "docs"
+TRIED = Path(__file__).parent / "tried.md"  # the one part that is written by hand
 PARTS = ("imports", "bars", "callbacks", "growth", "bounds")
 
 
@@ -111,10 +112,11 @@ def report(effort: Effort, parts: list[str]) -> tuple[str, list[growth.Curve], l
     command = "make bench" if effort == "full" else f"python benchmarks --{effort}"
     top = (
         f"# Performance\n\nWritten by `{command}` on {datetime.date.today():%d %B %Y}, in "
-        f"{(time.perf_counter() - began) / 60:.0f} minutes; nothing here is typed by hand.\n\n{machine()}. "
+        f"{(time.perf_counter() - began) / 60:.0f} minutes; no number in a table is typed by hand.\n\n{machine()}. "
         f"Load before: {before}.\n\n{_TABLE} {_rounds(rows['cpu'])}\n\n{one_table(rows['cpu'], rows.get('cuda', []))}"
     )
     sections.insert(0, top)
+    sections.append(TRIED.read_text().strip())
     if failed:
         sections.append("## Not measured\n\n" + "\n".join(f"- {line}" for line in failed))
     return "\n\n".join(sections) + "\n", curves, failed

@@ -6,6 +6,7 @@ The measurements are those of ``grassmann.py``, ``neural_collapse.py``, ``simpli
 more.
 """
 
+import math
 from functools import partial
 
 import grassmann
@@ -15,13 +16,16 @@ import torch
 from fits import quietly
 from prompts import BAR as GRAM_BAR
 from prompts import gram_shares
+from sklearn.linear_model import LogisticRegression
 from turns import Effort, Row, Step, effort_asked, in_turns, pick, ratios, spread_of, table, timed
 
 from lightning_feat.baselines import MLPClassifier
+from lightning_feat.functional.transfer.probe import PENALTIES, linear_probe
 
 STEP, STEP_AIM, SVD = 6.0, 3.0, 8.0  # times fused SGD, and times as fast as the step by SVD
 ONLINE, EXACT, STATE_MB = 0.02, 1.15, 60.0
 SELECTION = 1.0  # epochs
+PROBE = 1.0
 
 
 def grassmann_rows(effort: Effort, device: str) -> list[Row]:
@@ -101,6 +105,35 @@ def selection_row(effort: Effort) -> Row:
     )
 
 
+def probe_row(effort: Effort) -> Row:
+    """All penalties: ours to the minimum, scikit-learn's at the tolerance that it has by default."""
+    size, width = pick(effort, (5000, 512), (1000, 64), (100, 8))
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(size, width, generator=generator)  # classes overlap, as those of real features do
+    teacher = torch.randn(width, 10, generator=generator)
+    noise = math.sqrt(width) * torch.randn(size, 10, generator=generator)
+    targets = (features @ teacher + noise).argmax(1)
+    standard = ((features - features.mean(0)) / features.std(0)).double().numpy()
+
+    def theirs() -> None:
+        for penalty in PENALTIES:
+            LogisticRegression(C=1 / (penalty * size), max_iter=1000).fit(standard, targets.numpy())
+
+    part = features, targets
+    ways = {"ours": timed(lambda: linear_probe(*part, *part, *part), count=1), "theirs": timed(theirs, count=1)}
+    for way in ways.values():
+        way()
+    taken = in_turns(ways, seconds=20, effort=effort)
+    ratio = ratios(taken["ours"], taken["theirs"])
+    return Row(
+        f"linear probe, {len(PENALTIES)} penalties, {size:,} x {width} x 10",
+        "scikit-learn's L-BFGS",
+        ratio,
+        bar=f"<= {PROBE:g}",
+        holds=ratio.middle <= PROBE,
+    )
+
+
 def gram_row(effort: Effort, device: str) -> Row:
     name, taken = gram_shares(effort, device)
     share = ratios(taken["term"], taken["step"])
@@ -113,7 +146,7 @@ def measure(effort: Effort, device: str) -> list[Row]:
     """On a GPU those that have a device of their own; the others stay on the CPU and are left out there."""
     rows = grassmann_rows(effort, device)
     if device == "cpu":
-        rows += [*collapse_rows(effort), selection_row(effort)]
+        rows += [*collapse_rows(effort), selection_row(effort), probe_row(effort)]
     rows.append(gram_row(effort, device))
     return rows if effort == "full" else [row._replace(bar="", holds=True) for row in rows]
 
