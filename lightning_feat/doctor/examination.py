@@ -46,7 +46,7 @@ def doctor(
         val_dataloaders: see there.
         datamodule: see there.
         batches: how many to train on; more where gradients are accumulated, so that there is a step.
-        cost: also measure what each callback of this library costs, as notes.
+        cost: also say, as notes, which layer is taken for the classifier, and what each callback of this library costs.
         seconds: that the measurement may take, about.
 
     Returns:
@@ -60,13 +60,13 @@ def doctor(
     findings, order = averaging_before_heads(run)
     findings += compiled_before_hooks(run)
     order = [i for i in order if not isinstance(run.callbacks[i], LEFT_OUT)]
-    findings += _rehearse(run, order, max(batches, trainer.accumulate_grad_batches + 1))
+    findings += _rehearse(run, order, max(batches, trainer.accumulate_grad_batches + 1), cost)
     if cost and not any(finding.severity == "error" for finding in findings):
         findings += measure_costs(run, order, seconds, NEEDS)
     return in_order(findings)
 
 
-def _rehearse(run: Run, order: list[int], batches: int) -> list[Finding]:
+def _rehearse(run: Run, order: list[int], batches: int, notes: bool) -> list[Finding]:
     """Try the run, again and again without the callbacks that fail."""
     findings: list[Finding] = []
     order = list(order)
@@ -90,6 +90,8 @@ def _rehearse(run: Run, order: list[int], batches: int) -> list[Finding]:
                 findings.append(finding)
                 raised.__traceback__ = None  # it holds the whole trial
             if position is None:
+                if notes and watch.classifier is not None:
+                    findings.append(watch.classifier.note())
                 return [*findings, *warning_findings(watch.warned), *check_trial(run, trial, watch)]
         order = _without(run, order, position, findings)
 

@@ -1,5 +1,6 @@
 import math
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -9,6 +10,7 @@ from lightning_feat.callbacks.feature_shift.monitor import FeatureShiftMonitor
 from lightning_feat.callbacks.grassmann.head import unfollowed_subspaces
 from lightning_feat.doctor.checks.labels import TargetEar
 from lightning_feat.doctor.checks.terms import Heard, begin_now, listen_to
+from lightning_feat.doctor.classifier import ClassifierEar
 from lightning_feat.functional.feature_shift import shift_measures
 from lightning_feat.joints.data.epoch_ends import EpochEnds
 from lightning_feat.joints.loss.engine import loss_terms_of
@@ -41,6 +43,7 @@ class Watch(Callback):
         optimizers: of the last batch.
         completed: whether the fit came to its end.
         largest_rate: of learning, in any step.
+        classifier: what was heard of it in the first training step.
         whole: parameters that are not sharded, where others are.
         unfollowed: class subspaces that left their manifold, as nobody follows the optimizer.
     """
@@ -66,6 +69,7 @@ class Watch(Callback):
         self.whole: list[str] = []
         self.unfollowed: list[str] = []
         self.completed = False
+        self.classifier: ClassifierEar | None = None
         self._batches_run = 0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -129,11 +133,19 @@ class Watch(Callback):
         try:
             if len(self.steps) < _KEPT_STEPS:
                 self.steps.append((_kept(batch), ear))
-            with ear:
+            with ear, self._classifier_heard(module, handles):
                 return call(*args, **kwargs)
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _classifier_heard(self, module: LightningModule, handles: list[Any]) -> AbstractContextManager[Any]:
+        if self.classifier is not None:
+            return nullcontext()
+        self.classifier = heard = ClassifierEar(module)
+        if heard.head is not None:
+            handles.append(heard.head[1].register_forward_pre_hook(heard.hear))
+        return heard.follower.following()
 
 
 def _shift_of(callback: Callback) -> float | None:

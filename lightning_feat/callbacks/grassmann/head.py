@@ -14,6 +14,7 @@ from lightning_feat.arguments import checked
 from lightning_feat.functional.grassmann import orthonormality_error
 from lightning_feat.functional.grassmann.angles import pairwise_principal_angles
 from lightning_feat.joints.data.processes import full_tensor
+from lightning_feat.joints.module.head_check import Asks, check_head, forget_check
 from lightning_feat.joints.module.head_swap import (
     HeadSwap,
     begin_head_anew,
@@ -110,6 +111,7 @@ class GrassmannHead(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         refuse_other_copies(trainer, pl_module, self._label(pl_module), "GrassmannHead")
+        check_head(pl_module, Asks("GrassmannHead", self._label(pl_module), signed=False, named=self.layer is not None))
         self.follow(pl_module, trainer.optimizers)
         basis = self.head(pl_module).basis
         if basis.requires_grad and not any(p is basis for o in trainer.optimizers for p in in_order(o)):
@@ -226,6 +228,7 @@ class GrassmannHead(Callback):
             step.remove()
         self.steps.clear()
         self.others.clear()
+        forget_check(pl_module, "GrassmannHead")
         for method in ("configure_model", "configure_optimizers"):
             remove_link(pl_module, method, self.state_key)
 

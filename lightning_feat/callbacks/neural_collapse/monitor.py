@@ -25,6 +25,7 @@ from lightning_feat.joints.features.labelled_taps import LabelledTaps
 from lightning_feat.joints.features.nonfinite import NonfiniteWatch
 from lightning_feat.joints.features.silence import SilenceWatch
 from lightning_feat.joints.features.taps import Pooling, Read, TapError
+from lightning_feat.joints.module.head_check import Asks, check_head, forget_check
 from lightning_feat.joints.run.twins import callbacks_of, refuse_twin
 from lightning_feat.layers.grassmann import LOST, off_the_manifold
 from lightning_feat.metrics.neural_collapse import NeuralCollapse
@@ -186,6 +187,10 @@ class NeuralCollapseMonitor(Callback):
         self.nonfinite.reset()
         self.silence.begin()
         self.taps.attach(pl_module)
+        if self.taps.head is not None:
+            asks = Asks("NeuralCollapseMonitor", self.taps.head[0], "classifier", only_reads=True, classes=False)
+            asks = asks._replace(named=self.taps.classifier is not None)
+            check_head(pl_module, asks)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.mode == "exact":  # what is wrong with the data, or with how the network is run, is said now
@@ -255,9 +260,11 @@ class NeuralCollapseMonitor(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._let_go()
+        forget_check(pl_module, "NeuralCollapseMonitor")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.report.finish(trainer)
+        forget_check(pl_module, "NeuralCollapseMonitor")
         self._let_go()  # after an exception Lightning does not call teardown
 
     def _loaders(self, trainer: Trainer) -> dict[str, Any]:

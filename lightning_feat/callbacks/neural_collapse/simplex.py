@@ -16,6 +16,7 @@ from lightning_feat.joints.features.batches import TargetKey, class_indices, tar
 from lightning_feat.joints.features.taps import FeatureTap
 from lightning_feat.joints.loss.regularizer import Regularizer
 from lightning_feat.joints.loss.terms import LossTerm, Weight
+from lightning_feat.joints.module.head_check import Asks, check_head, forget_check
 from lightning_feat.joints.module.head_swap import (
     HeadSwap,
     begin_head_anew,
@@ -86,7 +87,9 @@ class SimplexETFHead(Callback):
             add_link(pl_module, "configure_optimizers", self.state_key, _TakePlaces(self.layer))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        refuse_other_copies(trainer, pl_module, named_or_found(pl_module, self.layer)[0], "SimplexETFHead")
+        name = named_or_found(pl_module, self.layer)[0]
+        refuse_other_copies(trainer, pl_module, name, "SimplexETFHead")
+        check_head(pl_module, Asks("SimplexETFHead", name, named=self.layer is not None))
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         note_head(checkpoint, *named_or_found(pl_module, self.layer))
@@ -118,6 +121,7 @@ class SimplexETFHead(Callback):
         return HeadSwap(self.layer, SimplexETF, build, options, SimplexETFHead, self.fresh_head)
 
     def _let_go(self, pl_module: LightningModule) -> None:
+        forget_check(pl_module, "SimplexETFHead")
         for method in ("configure_model", "configure_optimizers"):
             remove_link(pl_module, method, self.state_key)
 

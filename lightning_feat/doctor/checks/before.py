@@ -12,7 +12,7 @@ from lightning_feat.doctor.blame import is_ours, name_of
 from lightning_feat.doctor.checks.terms import taps_in
 from lightning_feat.doctor.finding import Finding
 from lightning_feat.doctor.trial import Run
-from lightning_feat.joints.features.heads import _is_compiled
+from lightning_feat.joints.features.heads import is_compiled
 from lightning_feat.joints.loss.terms import LossTerm
 from lightning_feat.joints.run.averaging import averages
 
@@ -52,7 +52,7 @@ def _brings(callback: Callback) -> bool:
 
 def compiled_before_hooks(run: Run) -> list[Finding]:
     """Findings about code that was compiled from this module and has run, which calls no hook that comes now."""
-    if any(_is_compiled(part) for part in run.module.modules()):
+    if any(is_compiled(part) for part in run.module.modules()):
         return []  # where a tap sees that, it lets everything be traced again
     tapping = [name_of(callback) for callback in run.callbacks if is_ours(callback) and taps_in(callback)]
     findings = []

@@ -10,6 +10,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
+from lightning_feat.joints.features.last_layers import last_of_forward
+
 Named: TypeAlias = tuple[str, nn.Module]
 
 # torchvision, Hugging Face, and most modules written by hand
@@ -23,8 +25,9 @@ def find_classifier(module: nn.Module, argument: str = "layer") -> Named:
 
     In this order: the head that a callback put in its place; what timm's ``get_classifier()`` gives; the one layer
     called ``fc``, ``classifier``, ``heads``, ``head``, ``score`` or ``classification_head`` that stands highest; the
-    only head of a kind of its own there is, such as a ``GrassmannLinear``; the only ``Linear`` that could be it. Of a
-    container it is the last ``Linear`` or head of a kind of its own, or else the last convolution.
+    only head of a kind of its own there is, such as a ``GrassmannLinear``; the only ``Linear`` that could be it; with
+    an ``example_input_array``, the layer that makes the output of ``forward``. Of a container it is the last ``Linear``
+    or head of a kind of its own, or else the last convolution.
 
     Args:
         module: what is searched.
@@ -50,6 +53,9 @@ def find_classifier(module: nn.Module, argument: str = "layer") -> Named:
         candidates = candidates or linear
     if len(candidates) == 1:
         return candidates[0]
+    ran = last_of_forward(module)
+    if ran is not None and len(ran) == 1:  # what alone makes the output is no guess
+        return next((name, part) for name, part in parts if name in ran)
     raise ValueError(_question(module, candidates or every, bool(candidates), argument))
 
 
@@ -196,11 +202,11 @@ def replace_layer(module: nn.Module, old: nn.Module, new: nn.Module) -> None:
 def forget_compiled_code(module: nn.Module) -> None:
     """Let ``torch.compile`` trace again whatever it traced of ``module``, after a hook or a layer has changed."""
     # A graph that was traced before the hook was there never calls it, and says nothing.
-    if "torch._dynamo" in sys.modules and any(_is_compiled(part) for part in module.modules()):
+    if "torch._dynamo" in sys.modules and any(is_compiled(part) for part in module.modules()):
         # torch.compiler.reset() forgets more: with torch 2.6, a few of these between compilations end the process.
         getattr(torch._dynamo, "reset_code_caches", torch.compiler.reset)()
 
 
-def _is_compiled(part: nn.Module) -> bool:
+def is_compiled(part: nn.Module) -> bool:
     named = type(part).__name__ == "OptimizedModule" or getattr(part, "_compiled_call_impl", None) is not None
     return named or getattr(part, "_compiler_ctx", None) is not None  # the last: a compiled LightningModule

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_feat.joints.features.heads import find_classifier, remember_found, replace_layer
 from lightning_feat.joints.features.taps import find_layer
+from lightning_feat.joints.module.head_places import Around, place_of
 from lightning_feat.joints.module.wraps import overrides
 
 _REPLACED = "_feat_replaced"  # on a new head, until optimizers are configured: the parameters it stands for
@@ -21,8 +22,13 @@ HEADS_KEY = "lightning_feat_heads"  # in a checkpoint: the heads that were put i
 
 
 def named_or_found(module: nn.Module, layer: str | None, argument: str = "layer") -> tuple[str, nn.Module]:
-    """The layer of this dotted name, or the classifier that ``find_classifier`` finds, with its name."""
-    return find_classifier(module, argument) if layer is None else (layer, find_layer(module, layer))
+    """The layer of this dotted name, or the classifier that ``find_classifier`` finds, with its name; of a head that
+    was put in with something around it, the head.
+    """
+    if layer is None:
+        return find_classifier(module, argument)
+    part = find_layer(module, layer)
+    return (f"{layer}.head", part.head) if isinstance(part, Around) else (layer, part)
 
 
 class HeadSwap:
@@ -36,7 +42,8 @@ class HeadSwap:
     Args:
         layer: dotted name of the classifier; None finds it.
         kind: the class of the new head; a classifier of this class stays, and must be what the options ask for.
-        build: the new head for the ``nn.Linear`` that it replaces. A function that can be pickled, not a lambda.
+        build: the new head for the ``nn.Linear`` that it replaces, or for what has the sizes and the weight of one. A
+            function that can be pickled, not a lambda.
         options: what it builds with, by the names of the arguments of ``owner``; attributes of the head of the same
             names are compared with them.
         owner: who asks, for errors.
@@ -47,7 +54,7 @@ class HeadSwap:
         self,
         layer: str | None,
         kind: type[nn.Module],
-        build: Callable[[nn.Linear], nn.Module],
+        build: Callable[[Any], nn.Module],
         options: Mapping[str, Any],
         owner: type,
         fresh: bool,
@@ -86,26 +93,32 @@ class HeadSwap:
             self._refuse_other_options(name, old)
             self._load_by(old)
             return
-        if not isinstance(old, nn.Linear):
+        place = place_of(old)
+        if isinstance(place, str):
             raise ValueError(
-                f"the classifier {name} is a {type(old).__name__}, not an nn.Linear, so {self.owner} cannot replace "
-                "it: name the Linear that makes the logits (argument `layer`), or build the module with a "
-                f"{self.kind.__name__}."
+                f"the classifier {name} is {place}, so {self.owner} cannot replace it: name the Linear that makes the "
+                f"logits (argument `layer`), or build the module with a {self.kind.__name__}."
             )
-        if hasattr(old.weight, "placements"):
+        if place.out_features < 2:
+            raise ValueError(
+                f"the classifier {name} has one output, as for a regression or for one class against none: "
+                f"{self.owner} needs two classes or more, and a loss such as cross entropy. Leave it out, or give the "
+                "classifier two outputs."
+            )
+        if hasattr(place.weight, "placements"):
             raise ValueError(
                 f"the classifier {name} is sharded already: create it in __init__ and name it (argument `layer`), so "
                 "that it can be replaced before configure_model shards the module."
             )
-        head = self.build(old)
-        if not old.weight.requires_grad:  # a frozen classifier stays frozen
+        head = self.build(place)
+        if not any(p.requires_grad for p in old.parameters()):  # a frozen classifier stays frozen
             head.requires_grad_(False)
         head.__dict__[_OPTIONS] = self.options
         self._load_by(head)
         if self.layer is None:  # searched again, in its absence the layer before it might be taken
             remember_found(head)
-        replace_layer(module, old, head.train(old.training))
-        head.__dict__[_REPLACED] = tuple(old.parameters())
+        replace_layer(module, old, place.around(head).train(old.training))
+        head.__dict__[_REPLACED] = tuple(p for p in old.parameters() if place.replaces(p))
 
     def _load_by(self, head: nn.Module) -> None:
         there: _LinearCheckpoint | None = head.__dict__.get(_LOADING)

@@ -1,0 +1,52 @@
+"""Which layer is taken for the classifier, in a line that a user can check."""
+
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from lightning_feat.doctor.finding import Finding
+from lightning_feat.joints.features.heads import find_classifier, head_sizes
+from lightning_feat.joints.features.last_layers import LastLayers
+
+
+class ClassifierEar:
+    """Hears one training step: what the classifier got, and which layers made what the loss got.
+
+    Attributes:
+        features: shape of the first input of the classifier.
+    """
+
+    def __init__(self, module: LightningModule) -> None:
+        self.question = ""
+        self.features: tuple[int, ...] | None = None
+        self.head: tuple[str, nn.Module] | None = None
+        try:
+            self.head = find_classifier(module)
+        except ValueError as error:
+            self.question = str(error)
+        self.follower = LastLayers(module, None if self.head is None else self.head[0])
+
+    def hear(self, layer: nn.Module, args: Any) -> None:
+        """A forward pre-hook of the classifier."""
+        if self.features is None and args and isinstance(args[0], Tensor):
+            self.features = tuple(args[0].shape)
+
+    def note(self) -> Finding:
+        """What was heard, in one line."""
+        calls = [call.layers for call in self.follower.calls if call.layers]
+        last = sorted(calls[0]) if calls else []
+        if self.head is None:
+            ran = f" The layer that ran last before the loss: {', '.join(last)}." if last else ""
+            return Finding("note", "classifier", "no layer", f"no classifier is found by its name.{ran}", self.question)
+        name, head = self.head
+        width, classes = head_sizes(head)
+        others = [layer for layer in last if layer != name and not layer.startswith(f"{name}.")]
+        after = "whether it makes what the loss gets was not seen"
+        if last:
+            after = "nothing with weights runs after it, before the loss"
+            if others:
+                after = f"before the loss {', '.join(others[:4])} runs after it, beside it or in its place"
+        got = "it did not run" if self.features is None else f"features are its input {self.features}"
+        what = f"{type(head).__name__}, {width} features wide, {classes} classes; {after}; {got}."
+        return Finding("note", "classifier", name, what)
