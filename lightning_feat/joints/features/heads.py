@@ -150,7 +150,9 @@ def _higher_named(parts: list[Named], found: list[Named]) -> list[Named]:
 
 
 def _above(found: Named, every: list[Named], by_timm: bool) -> list[Named]:
-    """The layers that come after the one found and stand higher: what a user may have built on a whole model."""
+    """The layers that come after the one found, stand higher, and could read what it puts out: what a user may have
+    built on a whole model.
+    """
     names = [name for name, _ in every]
     if found[0] not in names:
         return []

@@ -28,6 +28,12 @@ class Asks(NamedTuple):
     signed: bool = True  # whether its logits can be negative
     named: bool = False  # whether its user named it, as one head of several, say
 
+    def say(self, what: str) -> None:
+        """Raise it, or warn of it."""
+        if not self.only_reads:
+            raise ValueError(what)
+        warnings.warn(f"{self.owner}: {what}", stacklevel=2)
+
 
 def check_head(module: LightningModule, asks: Asks) -> None:
     """Let the next training step check a head. What contradicts is a ``ValueError`` there, for a monitor a warning."""
@@ -49,11 +55,9 @@ def _keys(module: LightningModule) -> list[str]:
 class _Check:
     def __init__(self, asks: Asks) -> None:
         self.asks, self.done = asks, False
-        self.owner = asks.owner
 
     def __call__(self, module: LightningModule, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        compiled = any(is_compiled(part) for part in module.modules())
-        if self.done or compiled:  # compiled code is not followed
+        if self.done or _has_compiled_code(module):  # which is not followed
             return call(*args, **kwargs)
         self.done = True
         forget_check(module, self.asks.owner)
@@ -61,11 +65,16 @@ class _Check:
             out = call(*args, **kwargs)
         loss = out.get("loss") if isinstance(out, dict) else out
         said = _contradiction(self.asks, follower.calls, follower.of(loss) if isinstance(loss, Tensor) else frozenset())
-        if said and self.asks.only_reads:
-            warnings.warn(f"{self.asks.owner}: {said}", stacklevel=2)
-        elif said:
-            raise ValueError(said)
+        if said:
+            self.asks.say(said)
         return out
+
+
+def _has_compiled_code(module: LightningModule) -> bool:
+    return any(
+        is_compiled(part) or any(hasattr(value, "_torchdynamo_orig_callable") for value in vars(part).values())
+        for part in module.modules()
+    )
 
 
 def _contradiction(asks: Asks, calls: list[LossCall], of_loss: frozenset[str]) -> str | None:

@@ -85,3 +85,48 @@ def test_a_layer_is_replaced_wherever_it_is_registered():
 def test_torchvision_models(model, name):
     network = pytest.importorskip("torchvision").models.get_model(model, num_classes=3)
     assert find_classifier(Holder(net=network))[0] == f"net.{name}"
+
+
+def test_a_head_above_a_backbone_that_keeps_one_is_it_by_name_and_else_asked_about():
+    backbone = timm.create_model("test_resnet", num_classes=16)
+    assert find_classifier(Holder(backbone=backbone, classifier=nn.Linear(16, 4)))[0] == "classifier"
+    with pytest.raises(ValueError, match=r"backbone.fc \(Linear\), out \(Linear\)"):
+        find_classifier(Holder(backbone=backbone, out=nn.Linear(16, 4)))
+    assert find_classifier(Holder(backbone=backbone, projector=nn.Linear(96, 4)))[0] == "backbone.fc"  # beside it
+
+
+def test_the_gate_of_a_unit_is_not_taken_for_its_name():
+    module = Holder(gate=Holder(fc=nn.Linear(8, 16)), output_layer=nn.Linear(8, 3))
+    with pytest.raises(ValueError, match=r"gate.fc \(Linear\), output_layer \(Linear\)"):
+        find_classifier(module)
+
+
+def test_a_backbone_without_classes_has_no_classifier():
+    class Raises(nn.Module):
+        def get_classifier(self):
+            return self.head.linear
+
+    for backbone in (timm.create_model("test_resnet", num_classes=0), Raises()):
+        assert find_classifier(Holder(backbone=backbone, out=nn.Linear(96, 4)))[0] == "out"
+
+
+@pytest.mark.parametrize("name", ["score", "classification_head"])
+def test_names_of_text_models_are_known(name):
+    assert find_classifier(Holder(net=Holder(**{"head": nn.Identity(), "a": nn.Linear(4, 4), name: nn.Linear(4, 3)})))[
+        0
+    ] == (f"net.{name}")
+
+
+def test_an_adapter_around_the_classifier_is_it_as_a_whole():
+    adapted = Holder(base_layer=nn.Linear(4, 3), lora_A=nn.Linear(4, 1), lora_B=nn.Linear(1, 3))
+    adapted.in_features, adapted.out_features = 4, 3
+    assert find_classifier(Holder(body=nn.Linear(4, 4), classifier=adapted)) == ("classifier", adapted)
+
+
+def test_of_layers_one_after_the_other_the_last_is_it():
+    assert find_classifier(Holder(net=nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))))[0] == "net.2"
+
+
+def test_the_question_names_the_argument_and_convolutions():
+    with pytest.raises(ValueError, match=r"a \(Conv2d\), b \(Conv2d\). .* \(argument `classifier`\)"):
+        find_classifier(Holder(a=nn.Conv2d(1, 2, 3), b=nn.Conv2d(2, 3, 3)), "classifier")
