@@ -6,7 +6,7 @@ WORKERS ?= 2
 # Workers of one thread each; tests/conftest.py says which tests stay together.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: quickstart test test-slow test-all conformance lint docs-test bench clean
+.PHONY: quickstart test test-slow test-all conformance lint docs-test bench sweep clean
 
 quickstart: $(READY)
 	$(BIN)/lightning-feat fit --config recipes/quickstart.yaml
@@ -31,6 +31,9 @@ lint: $(READY)
 docs-test: $(READY)
 	$(PYTEST) --doctest-modules --doctest-continue-on-failure lightning_feat
 	$(PYTEST) tests/recipes/test_readmes.py
+
+sweep: $(READY)
+	$(BIN)/python -m tests.models.sweep
 
 bench: $(READY)
 	$(BIN)/python benchmarks

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_feat.callbacks import SimplexETFHead
 from lightning_feat.joints.features.heads import find_classifier
 from lightning_feat.joints.features.last_layers import LastLayers
 from lightning_feat.joints.module.head_swap import HeadSwap
@@ -34,7 +35,10 @@ def answer(model: Model, run: bool = False) -> str:
     ``asked`` is the question which layer it is. With ``run`` the model is run, where it can be on ``meta``, and
     ``made by`` says which layers make its output where that is another, or more than one.
     """
-    holder = Holder(built(model))
+    try:
+        holder = Holder(built(model))
+    except Exception as error:  # it asks for files, packages or arguments
+        return f"not built ({type(error).__name__})"
     try:
         name, head = find_classifier(holder)
     except ValueError as error:
@@ -43,7 +47,7 @@ def answer(model: Model, run: bool = False) -> str:
     if run and (last := _last(holder, model, name)) and not all(_within(layer, name) for layer in last):
         said += f", made by {' + '.join(layer.removeprefix('net.') for layer in sorted(last))}"
     try:
-        swap = HeadSwap(None, Stub, Stub, "SimplexETFHead", False)
+        swap = HeadSwap(None, Stub, Stub, {}, SimplexETFHead, False)
         swap.swap(holder)
     except ValueError:
         return f"{said}, stays"
