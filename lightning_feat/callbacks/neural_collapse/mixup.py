@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Subset
 from torchmetrics.classification import MulticlassCalibrationError
 
 from lightning_feat.arguments import checked
-from lightning_feat.functional.common.class_sums import ClassSums, class_means, class_sums
+from lightning_feat.functional.common.class_sums import ClassSums, class_means, class_sums, empty_class_sums
 from lightning_feat.functional.neural_collapse.mixup import MixSums, draw_pairs, mix_measures, mix_sums
 from lightning_feat.joints.data.epoch_ends import EpochEnds, back_in_last_epoch
 from lightning_feat.joints.data.passes import clean_batches, clean_loader, hear, loader_like, try_first_batch
@@ -176,8 +176,9 @@ class _MixReading:
         num_classes = len(self._rows_CD)
         self._error = MulticlassCalibrationError(num_classes, monitor.num_bins, "l1", validate_args=False)
         self._error.to(module.device)
-        self._sums: list[ClassSums] = []
-        self._targets: list[Tensor] = []
+        # Of a process without samples there are sums, too: those of none.
+        self._sums = [empty_class_sums(len(self._rows_CD), self._rows_CD.shape[1], module.device)]
+        self._targets = [torch.zeros(0, dtype=torch.long)]
         self._lost = torch.zeros((), device=module.device)
         self.values: dict[str, Tensor] = {}
         self.lost = 0.0, 0.0
@@ -202,7 +203,10 @@ class _MixReading:
     def _mixed(self, centre_D: Tensor) -> MixSums:
         """Each process draws its pairs from its own share of the samples."""
         trainer, module, monitor = self._trainer, self._module, self._monitor
-        parts: list[MixSums] = []
+        num_classes, num_features = self._rows_CD.shape
+        none = torch.zeros(0, device=module.device)
+        h_ND, z_NC = none.new_zeros(0, num_features), none.new_zeros(0, num_classes)
+        parts = [mix_sums(h_ND, z_NC, self._rows_CD, none.long(), none.long(), none)]
         generator = torch.Generator().manual_seed(monitor.seed)
         num_pairs = math.ceil(monitor.num_pairs / trainer.world_size)
         pairs_P2 = draw_pairs(torch.cat(self._targets), num_pairs, generator)

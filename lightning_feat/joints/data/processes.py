@@ -49,8 +49,9 @@ def gather_on_first(trainer: Trainer, rows: Tensor, indices: Tensor) -> tuple[Te
     if trainer.world_size == 1:
         return rows.cpu(), indices.cpu()
     strategy, device = trainer.strategy, trainer.strategy.root_device
-    most = torch.tensor([len(rows), rows[:1].numel()], device=device)
-    length, width = (int(n) for n in strategy.reduce(most, reduce_op="max"))
+    most = torch.tensor([len(rows), rows[:1].numel(), _code(rows)], device=device)
+    length, width, code = (int(n) for n in strategy.reduce(most, reduce_op="max"))
+    rows = rows.to(_of_code(code, rows))
     shape = rows.shape[1:] if len(rows) else ((width,) if rows.ndim > 1 else ())
     step = max(1, _SENT_BYTES // max(1, width * rows.element_size()))
     parts: list[tuple[Tensor, Tensor]] = []
@@ -75,8 +76,25 @@ def gather_samples(features: Tensor, targets: Tensor, indices: Tensor) -> tuple[
     """The samples of all processes in ascending order of their indices; the processes may hold unequal numbers."""
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return features, targets, indices
+    code = torch.tensor(_code(features), device=features.device)
+    torch.distributed.all_reduce(code, torch.distributed.ReduceOp.MAX)
+    features = features.to(_of_code(int(code), features))
     columns = [gather_all_tensors(column) for column in (features, targets, indices)]
     # A process without a sample does not know how wide a feature is.
     h, t, index = (torch.cat([part for part in column if len(part)] or [*column[:1]]) for column in columns)
     order = index.argsort()
     return h[order], t[order], index[order]
+
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _code(rows: Tensor) -> int:
+    """A number for the precision of the rows, zero where there are none: such a process does not know that of others,
+    and a collective call of tensors of two kinds would mix up their bits.
+    """
+    return _DTYPES.index(rows.dtype) + 1 if len(rows) and rows.dtype in _DTYPES else 0
+
+
+def _of_code(code: int, rows: Tensor) -> torch.dtype:
+    return _DTYPES[code - 1] if code else rows.dtype

@@ -95,8 +95,11 @@ def _others(trainer: Trainer, reader: Reader, name: str, loader: Any) -> list[tu
         if not isinstance(other, Reader) or other is reader:
             continue
         for its_name, its_loader in other.wanted(trainer).items():
-            same_way = other.ways.of(its_name) == reader.ways.of(name)
-            if _one(its_loader) is _one(loader) and same_way and other.ways.of(its_name) is not None:
+            if _one(its_loader) is not _one(loader):
+                continue
+            same_way = other.ways.of(its_name) == reader.ways.of(name) and other.ways.of(its_name) is not None
+            # One decision: a process without a sample has found no way, and would wait for others at another place.
+            if trainer.strategy.reduce_boolean_decision(same_way):
                 found.append((other, its_name))
     return found
 
