@@ -9,6 +9,7 @@ more.
 import math
 from functools import partial
 
+import classes
 import grassmann
 import neural_collapse
 import simplicity
@@ -86,6 +87,7 @@ def collapse_rows(effort: Effort) -> list[Row]:
             bar="<= 1",
             holds=state <= STATE_MB,
         ),
+        *classes.rows(effort),
     ]
 
 

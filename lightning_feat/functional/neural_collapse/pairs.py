@@ -3,7 +3,7 @@
 A product of matrices gives the inner products of a tile, and these the distances, where they do not cancel; the few
 pairs that lie that near are taken again, by the difference of their vectors.
 
-Shapes: S vectors, D features, A and B vectors on the sides of a tile, P pairs of a tile, T tiles.
+Shapes: S vectors, D features, A and B vectors on the sides of a tile, P pairs of a tile.
 """
 
 from collections.abc import Collection, Iterator
@@ -36,21 +36,22 @@ class PairStatistics(NamedTuple):
 class PairTile:
     """Pairs of vectors, and numbers ``(P,)`` of each pair, made on demand."""
 
-    def __init__(
-        self, vectors: Tensor, units: Tensor, squares: Tensor, values: Tensor | None, sides: tuple[slice, slice]
-    ) -> None:
-        self._vectors, self._units, self._squares, self._values = vectors, units, squares, values
+    def __init__(self, vectors: Tensor, lengths: Tensor, values: Tensor | None, sides: tuple[slice, slice]) -> None:
+        self._vectors, self._lengths, self._values = vectors, lengths, values
         self._a, self._b = sides
 
     @cached_property
+    def _inner(self) -> Tensor:
+        return self._of_pairs(self._vectors[self._a] @ self._vectors[self._b].T)
+
+    @cached_property
     def cosine(self) -> Tensor:
-        return self._of_pairs(self._units[self._a] @ self._units[self._b].T)
+        return self._inner / self._of_pairs(self._lengths[self._a, None] * self._lengths[self._b])
 
     @cached_property
     def chord(self) -> Tensor:
         """Distance of the normalised vectors."""
-        rough_P = 2 - 2 * self.cosine
-        return _root(self._without_cancelling(rough_P, torch.full_like(rough_P, 2.0), self._units))
+        return _root(self._without_cancelling(2 - 2 * self.cosine, 2.0, self._lengths))
 
     @cached_property
     def log_chord(self) -> Tensor:
@@ -63,9 +64,9 @@ class PairTile:
 
     @cached_property
     def squared_distance(self) -> Tensor:
-        size_P = self._of_pairs(self._squares[self._a, None] + self._squares[self._b])
-        inner_P = self._of_pairs(self._vectors[self._a] @ self._vectors[self._b].T)
-        return self._without_cancelling(size_P - 2 * inner_P, size_P, self._vectors)
+        squares = self._lengths.square()
+        size_P = self._of_pairs(squares[self._a, None] + squares[self._b])
+        return self._without_cancelling(size_P - 2 * self._inner, size_P.detach(), None)
 
     @cached_property
     def cdnv(self) -> Tensor:
@@ -79,8 +80,9 @@ class PairTile:
         i_P, j_P = self._above_diagonal
         return matrix_AB[i_P, j_P]
 
-    def _without_cancelling(self, square_P: Tensor, size_P: Tensor, vectors: Tensor) -> Tensor:
-        near = (square_P.detach() < _NEAR * size_P.detach()).nonzero()[:, 0]
+    def _without_cancelling(self, square_P: Tensor, size: Tensor | float, lengths: Tensor | None) -> Tensor:
+        """Squared distances of the vectors, over their ``lengths`` if given, those of near ones made anew."""
+        near = (square_P.detach() < _NEAR * size).nonzero()[:, 0]
         if len(near) == 0:
             return square_P
         if self._a == self._b:
@@ -89,9 +91,13 @@ class PairTile:
             columns = self._b.stop - self._b.start
             i, j = near // columns, near % columns
         i, j = i + self._a.start, j + self._b.start
-        block = max(1, _CHUNK // max(vectors.shape[1], 1))
+
+        def rows(places: Tensor) -> Tensor:
+            return self._vectors[places] if lengths is None else self._vectors[places] / lengths[places, None]
+
+        block = max(1, _CHUNK // max(self._vectors.shape[1], 1))
         pairs = zip(i.split(block), j.split(block), strict=True)
-        exact = [(vectors[first] - vectors[second]).square().sum(1) for first, second in pairs]
+        exact = [(rows(first) - rows(second)).square().sum(1) for first, second in pairs]
         return square_P.index_put((near,), torch.cat(exact))
 
     @cached_property
@@ -109,11 +115,11 @@ def _root(square: Tensor) -> Tensor:
 
 def _tiles(vectors: Tensor, values: Tensor | None) -> Iterator[PairTile]:
     """Tiles that hold each pair once."""
-    unit_SD, square_S = vectors / vector_norm(vectors, dim=1, keepdim=True), vectors.square().sum(1)
+    length_S = vector_norm(vectors, dim=1)
     sides = [slice(first, min(first + _SIDE, len(vectors))) for first in range(0, len(vectors), _SIDE)]
     for place, a in enumerate(sides):
         for b in sides[place:]:
-            yield PairTile(vectors, unit_SD, square_S, values, (a, b))
+            yield PairTile(vectors, length_S, values, (a, b))
 
 
 def pair_statistics(vectors: Tensor, kinds: Collection[str], values: Tensor | None = None) -> dict[str, PairStatistics]:
@@ -127,23 +133,27 @@ def pair_statistics(vectors: Tensor, kinds: Collection[str], values: Tensor | No
         values: ``(S,)``, for ``"cdnv"`` the variances of the classes whose means the vectors are.
     """
     check_shapes(vectors=(vectors, "SD"), values=(values, "S"))
-    parts: dict[str, list[tuple[int, Tensor, Tensor, Tensor]]] = {kind: [] for kind in kinds}
+    found: dict[str, tuple[int, PairStatistics]] = {}
     for tile in _tiles(vectors, values) if kinds else ():
-        for kind, part in parts.items():
+        for kind in kinds:
             number_P: Tensor = getattr(tile, kind)
             if len(number_P):
                 variance, mean = torch.var_mean(number_P, correction=0)
-                part.append((len(number_P), mean, variance, number_P.max()))
-    return {kind: _joined(part, vectors) for kind, part in parts.items()}
+                here = len(number_P), PairStatistics(mean, variance, number_P.max())
+                found[kind] = _joined(found[kind], here) if kind in found else here
+    nan = vectors.sum() * torch.nan  # in the graph of the vectors
+    return {kind: found[kind][1] if kind in found else PairStatistics(nan, nan, nan) for kind in kinds}
 
 
-def _joined(parts: list[tuple[int, Tensor, Tensor, Tensor]], like: Tensor) -> PairStatistics:
-    if not parts:
-        nan = like.sum() * torch.nan  # in the graph of the vectors
-        return PairStatistics(nan, nan, nan)
-    share_T = like.new_tensor([number for number, *_ in parts])
-    share_T = share_T / share_T.sum()
-    mean_T, variance_T, largest_T = (torch.stack(values) for values in list(zip(*parts, strict=True))[1:])
-    mean = (share_T * mean_T).sum()
-    # Within the tiles and between them, without the difference of two large numbers.
-    return PairStatistics(mean, (share_T * (variance_T + (mean_T - mean).square())).sum(), largest_T.max())
+def _joined(first: tuple[int, PairStatistics], second: tuple[int, PairStatistics]) -> tuple[int, PairStatistics]:
+    """Of both parts, without the difference of two large numbers.
+
+    Tile by tile, and not of all at the end: small tensors kept of each would lie between the large ones that are freed,
+    and the memory of a process would grow with the number of tiles.
+    """
+    (size, one), (other_size, other) = first, second
+    share = other_size / (size + other_size)
+    step = other.mean - one.mean
+    variance = (1 - share) * one.variance + share * other.variance + share * (1 - share) * step.square()
+    joined = PairStatistics(one.mean + share * step, variance, torch.maximum(one.largest, other.largest))
+    return size + other_size, joined
