@@ -337,8 +337,8 @@ def test_a_measure_says_what_it_waits_for(name, needs):
 def test_unknown_measures_and_odd_numbers_are_refused():
     with pytest.raises(ValueError, match="measures='cndv': choose from nc1_quotient"):
         ours.NeuralCollapse(C, D, measures="cndv")
-    for wrong in (2.0, "3", None):
-        with pytest.raises(ValueError, match=f"num_classes={wrong!r} must be a whole number"):
+    for wrong in (2.5, "3", None):
+        with pytest.raises(ValueError, match=f"num_classes={wrong!r}.* whole number"):
             ours.ClassSeparation(wrong, D)
     for statistic in (ours.SubspaceAngle, ours.SubspaceDistance):
         with pytest.raises(ValueError, match="statistic='median'"):
