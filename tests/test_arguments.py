@@ -195,7 +195,7 @@ def test_a_wrong_type_is_said_by_the_class_that_got_it(make, said):
 
 
 def test_a_string_where_patterns_are_meant_is_one_pattern():
-    assert NeuralCollapseMonitor(measures="nc1*").measures == ("nc1*",)
+    assert NeuralCollapseMonitor(measures="nc1*").measures.patterns == ("nc1*",)
     assert SummaryTable("val/*").metrics == ["val/*"]
     assert CurvePlotter([Panel("val/*", "v")]).panels[0].metrics == ["val/*"]
     assert FeatureShiftMonitor(text_layers="t.0", image_layers="i.0").text_layers == ["t.0"]

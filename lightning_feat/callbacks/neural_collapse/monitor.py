@@ -1,5 +1,3 @@
-import fnmatch
-from difflib import get_close_matches
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -9,12 +7,12 @@ from torch import Tensor
 from lightning_feat.arguments import checked
 from lightning_feat.callbacks.neural_collapse.classifier import classifier_tensors
 from lightning_feat.callbacks.neural_collapse.exact_pass import CollapseReading
+from lightning_feat.callbacks.neural_collapse.patterns import MeasurePatterns
 from lightning_feat.callbacks.neural_collapse.report import CollapseReport
 from lightning_feat.callbacks.neural_collapse.thresholds import CollapseThreshold, ThresholdWatch
 from lightning_feat.functional.common.class_sums import GlobalMean
 from lightning_feat.functional.common.looks import without_looking
 from lightning_feat.functional.grassmann import orthonormality_error
-from lightning_feat.functional.neural_collapse import known_measures
 from lightning_feat.joints.data.epoch_ends import EpochEnds, back_in_last_epoch
 from lightning_feat.joints.data.passes import clean_loader, try_first_batch
 from lightning_feat.joints.data.processes import repeated_rows
@@ -30,10 +28,6 @@ from lightning_feat.joints.run.twins import callbacks_of, refuse_twin
 from lightning_feat.layers.grassmann import LOST, off_the_manifold
 from lightning_feat.metrics.neural_collapse import NeuralCollapse
 
-DEFAULT_MEASURES = (
-    *("nc0", "nc1_pinv_over_k", "nc1_quotient", "cdnv", "vci", "nc2_equinorm", "nc2_equiangularity", "nc2_etf_error"),
-    *("nc2_subspace_*", "nc3", "nc3_subspace_angle", "nc4_mismatch", "ncc_accuracy"),
-)
 _WIDEST_SPECTRUM = 2048  # up to here a (D, D) matrix takes 34 MB, and its eigenvalues 0.7 s on one CPU core
 _WIDEST_ONLINE_MOMENT = 512  # up to here the D x D moment costs about a millisecond for a batch of 128 on two CPU cores
 
@@ -139,13 +133,7 @@ class NeuralCollapseMonitor(Callback):
         self._beside_online = False
         self.mode, self.data, self.every_n_epochs = mode, data, every_n_epochs
         self.ends = EpochEnds(every_n_epochs)
-        for pattern in measures or ():
-            if not fnmatch.filter(known_measures(), pattern):
-                near = get_close_matches(pattern, known_measures(), n=3, cutoff=0.3) or sorted(known_measures())
-                raise ValueError(f"measures={measures}: {pattern!r} matches no measure; nearest: {', '.join(near)}.")
-        self.measures = tuple(measures) if measures is not None else DEFAULT_MEASURES
-        self._asked = set(measures or ())
-        self._given: set[str] = set()  # measures that some layer had
+        self.measures = MeasurePatterns(measures)
         self.global_mean, self.second_moment = global_mean, second_moment
         self.ways = Ways(forward, self.state_key)
         self.memory_budget_mb = memory_budget_mb
@@ -180,7 +168,8 @@ class NeuralCollapseMonitor(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Not in setup: before configure_model the layers may not be there, or be replaced later.
-        self._online, self._warned, self._given = {}, set(), set()
+        self._online, self._warned = {}, set()
+        self.measures.begin()
         self.ends.begin()
         self.ways.begin()
         self.watch.reset()
@@ -241,13 +230,8 @@ class NeuralCollapseMonitor(Callback):
         else:
             return
         self.watch.end_round()
-        lost = sorted(pattern for pattern in self._asked if not fnmatch.filter(self._given, pattern))
-        if self._given and lost:
-            self._warn_once(
-                f"measures={lost}: no layer that is watched gives such a measure. nc4_mismatch and ncc_accuracy need "
-                "mode='exact', nc1_pinv there or second_moment=True, nc0 and nc3 the layer that feeds the classifier, "
-                "subspace measures a GrassmannLinear."
-            )
+        if lost := self.measures.never_given():
+            self._warn_once(lost)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.mode == "exact" and self.ends.missed(trainer):
@@ -318,9 +302,9 @@ class NeuralCollapseMonitor(Callback):
         self.nonfinite.check(trainer, label, lost, lost + float(metric.counts.sum()) * trainer.world_size)
         train = "neural_collapse_exact" if self._beside_online else "neural_collapse"
         method = train if data == "train" else "neural_collapse_val"
-        self._given |= values.keys()
+        chosen = self.measures.choose(values)
         for name, value in values.items():
-            if any(fnmatch.fnmatchcase(name, pattern) for pattern in self.measures):
+            if name in chosen:
                 # compute() agrees on all processes already; sync_dist only spares the reader a warning from Lightning.
                 module.log(f"{method}/{name}/{label}", value.float(), sync_dist=True)
         numbers = {name: float(value) for name, value in values.items()}
