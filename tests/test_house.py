@@ -12,7 +12,7 @@ PACKAGE = ROOT / "lightning_feat"
 FAMILIES = {"neural_collapse", "grassmann", "simplicity_bias", "feature_shift", "transfer"}
 BY_FAMILY = ("callbacks", "functional")  # the kinds that have a room for each family
 SHARED = {  # what stands beside the families in a kind
-    "callbacks": {"reports", "data_plan", "feature_regularizer"},
+    "callbacks": {"reports", "data_plan", "feature_regularizer", "after_training"},
     "functional": {"common"},
     "metrics": {"common"},
     "manifolds": set(),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_feat.after_training import load_with_head
+from lightning_feat.callbacks.after_training import load_with_head
 from lightning_feat.callbacks import GrassmannHead, SimplexETFHead
 from tests.helpers import Plain, loader, trainer
 
