@@ -3,6 +3,7 @@
 A ``*Monitor`` only reads, a ``*Regularizer`` changes the loss.
 """
 
+from lightning_feat.callbacks.after_training import load_with_head
 from lightning_feat.callbacks.data_plan import DataPlan
 from lightning_feat.callbacks.feature_regularizer import FeatureRegularizer
 from lightning_feat.callbacks.feature_shift import FeatureShiftMonitor, FeatureShiftRegularizer, PromptLearner
@@ -45,4 +46,5 @@ __all__ = [
     "SimplicityBiasUpsampler",
     "SummaryTable",
     "WeightSchedule",
+    "load_with_head",
 ]

@@ -21,13 +21,14 @@ def load_with_head(cls: type[_Module], path: str | Path, **kwargs: Any) -> _Modu
     Args:
         cls: the user's class, which knows nothing of the head.
         path: the checkpoint.
-        kwargs: as for ``load_from_checkpoint``.
+        kwargs: as for ``load_from_checkpoint``; ``weights_only=False`` for a file of your own that holds other objects
+            too.
 
     Raises:
         ValueError: if the checkpoint says of no head that was put in.
         RuntimeError: if other weights than those of the head are missing, or too many.
     """
-    checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=False)
+    checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=kwargs.get("weights_only", True))
     heads: dict[str, Any] = checkpoint.get(HEADS_KEY, {})
     if not heads:
         raise ValueError(

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from lightning_feat.callbacks import GrassmannHead, SimplexETFHead
-from lightning_feat.callbacks.after_training import load_with_head
+from lightning_feat.callbacks import GrassmannHead, SimplexETFHead, load_with_head
 from tests.helpers import Plain, loader, trainer
 
 HEADS = [

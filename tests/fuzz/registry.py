@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_feat.functional.common.class_sums import empty_class_sums
 from lightning_feat.functional.common.directions import thin_svd
+from lightning_feat.functional.common.looks import values_are_at_hand, without_looking
 from lightning_feat.functional.common.precision import full_precision
 from lightning_feat.functional.feature_shift import shift_sums
 from lightning_feat.functional.neural_collapse.duality import neco_subspace
@@ -149,6 +150,11 @@ def _in_precision(device: torch.device) -> Tensor:
         return torch.ones(2) @ torch.ones(2)
 
 
+def _unseen() -> bool:
+    with without_looking():
+        return values_are_at_hand(torch.ones(2))
+
+
 def _block(w: World) -> Tensor:
     return torch.arange(w.num_features) < (w.num_features + 1) // 2
 
@@ -185,6 +191,10 @@ CASES: dict[str, Case] = {
     "common.to_float64": Case(lambda w: (w.features(),), degree=1, samples="along", gradient=True),
     "common.check_batch": Case(lambda w: (*_features(w), w.weights())),
     "common.check_target_range": Case(lambda w: (w.targets(), w.num_classes)),
+    "common.check_values": Case(lambda w: (w.targets(), w.num_classes)),
+    "common.looks_are_forbidden": Case(lambda w: ()),
+    "common.values_are_at_hand": Case(lambda w: (w.features(),)),
+    "common.without_looking": Case(lambda w: (), function=_unseen),
     "common.empty_class_sums": Case(lambda w: (w.num_classes, w.num_features)),
     "common.add_class_sums_": Case(
         lambda w: (empty_class_sums(w.num_classes, w.num_features), *_features(w)[:2], w.weights()),
@@ -352,7 +362,7 @@ CASES: dict[str, Case] = {
     "grassmann.random_basis": Case(lambda w: (w.num_classes, 1, max(w.num_features, 1)), _generator),
     "grassmann.tangent_projection": F32(lambda w: (w.basis(), w.basis("vector")), gradient=True),
     "grassmann.pairwise_principal_angles": F32(lambda w: (w.basis(),), tolerance=1e-6),
-    "grassmann.full_precision": Case(lambda w: (cpu,), function=_in_precision),
+    "common.full_precision": Case(lambda w: (cpu,), function=_in_precision),
     "grassmann.geodesic_": F32(_tangent_step, mutates=(0,)),
     "grassmann.cos_and_sinc": F32(lambda w: (_symmetric(w),), gradient=True),
     "simplicity_bias.highest_losses": Case(lambda w: (w.losses(), w.targets(), w.counts() // 16)),
@@ -468,6 +478,8 @@ _VECTORS, _CLASSES, _COUNTS, _ROWS = {"deep", "flat"}, {"beyond", "below"}, {"be
 STILL_FIT: dict[str, dict[int, set[str]]] = {
     "transfer.sample_of_each_class": {0: _CLASSES},
     "common.check_target_range": {0: {"deep", "scalar", "broken"}},
+    "common.check_values": {0: {"deep", "flat", "scalar", "broken"}},
+    "common.values_are_at_hand": {0: {"deep", "flat", "scalar"}},
     "common.to_float64": {0: _VECTORS | {"scalar"}},
     "neural_collapse.ce_frame": {0: _COUNTS},
     "neural_collapse.ce_nonnegative_frame": {0: _COUNTS},

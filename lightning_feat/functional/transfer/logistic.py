@@ -38,7 +38,7 @@ class Point(NamedTuple):
     loss: Tensor  # (L,) mean cross entropy
 
 
-def minimise(
+def _minimise(
     z_NR: Tensor, target_N: Tensor, num_classes: int, penalties: list[float], of_penalty_R: Tensor
 ) -> tuple[Tensor, list[float]]:
     """Weights ``(S, L, C)`` in float64, and an estimate of what is still to be gained, over each objective.

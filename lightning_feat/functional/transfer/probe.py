@@ -16,7 +16,7 @@ from lightning_feat.functional.common.class_sums import check_target_range, to_f
 from lightning_feat.functional.common.precision import full_precision
 from lightning_feat.functional.common.shapes import check_shapes
 from lightning_feat.functional.transfer.class_separation import sample_of_each_class
-from lightning_feat.functional.transfer.logistic import minimise
+from lightning_feat.functional.transfer.logistic import _minimise
 
 Scaling: TypeAlias = Literal["standardize", "unit", "none"]
 
@@ -199,7 +199,7 @@ def _fits(h_ND: Tensor, target_N: Tensor, num_classes: int, penalties: list[floa
     z_NR = (h_ND - mean_D) @ direction_RD.T
     spread_R = z_NR.square().mean(0).sqrt()
     with full_precision(z_NR.device):
-        weight_SLC, gains = minimise(z_NR / spread_R, target_N.long(), num_classes, penalties, spread_R.square())
+        weight_SLC, gains = _minimise(z_NR / spread_R, target_N.long(), num_classes, penalties, spread_R.square())
     unfinished = [f"{penalty:g}" for penalty, gain in zip(penalties, gains, strict=True) if not gain <= _WORTH_SAYING]
     if unfinished:
         warnings.warn(
