@@ -59,6 +59,8 @@ def check_values(targets: Tensor, num_classes: int) -> None:
     """
     if not targets.is_floating_point():
         check_target_range(targets, num_classes)
+    elif targets.ndim != 2:
+        raise ValueError(f"soft targets are (N, C), a row for each sample, got {tuple(targets.shape)}.")
     elif targets.numel() and ((targets.double().sum(1) - 1).abs().max() > 2e-2 or targets.min() < 0):
         raise ValueError(  # 2e-2: rows that were rounded to bfloat16
             f"rows of soft targets must be non-negative and sum to one; the sums lie between "
