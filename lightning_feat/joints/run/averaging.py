@@ -4,8 +4,6 @@ Lightning pairs the tensors of such a copy with those of the module by their pos
 more on one side.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -65,29 +63,3 @@ def refuse_other_copies(trainer: Trainer, module: nn.Module, prefix: str, owner:
 def _shapes(module: nn.Module, prefix: str) -> dict[str, torch.Size]:
     named = [(name.replace("_orig_mod.", ""), p.shape) for name, p in module.named_parameters()]
     return {name: shape for name, shape in named if name.startswith(f"{prefix}.")}
-
-
-@contextmanager
-def averaged_weights(trainer: Trainer, module: nn.Module) -> Iterator[None]:
-    """Inside, ``module`` has the averaged weights, as in a validation under that callback; with none it stays.
-
-    What the average is before it has begun, its callback knows: the weights at the start of the fit.
-    """
-    shown = [copied for callback, copied in averaged_copies(trainer) if shows_average(callback)]
-    copied = shown[0] if shown else None
-    _swap(module, copied)
-    try:
-        yield
-    finally:
-        _swap(module, copied)
-
-
-@torch.no_grad()
-def _swap(module: nn.Module, copied: nn.Module | None) -> None:
-    if copied is None:
-        return
-    pairs = zip([*module.parameters(), *module.buffers()], [*copied.parameters(), *copied.buffers()], strict=True)
-    for one, other in pairs:
-        kept = one.detach().clone()
-        one.data.copy_(other.data)
-        other.data.copy_(kept)
