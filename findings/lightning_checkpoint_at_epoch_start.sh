@@ -4,8 +4,8 @@
 # lightning 2.6.6, torch 2.13.0. Three epochs of two batches; a callback saves at the start of epoch 1.
 # Guessed: the resumed fit runs epoch 1 whole, since none of its batches had run: steps 3 to 6.
 # Seen: it runs one batch of epoch 1, with batch_idx 2 (there are 0 and 1), and ends after five steps in place of six.
-# The counters of the epoch before are still those of a finished epoch when the hook runs, and are restored as such.
-# The same save in on_train_batch_end of the last batch, or at the end of epoch 0, resumes in full.
+# By reading its source: the batch counters of the epoch before stand in the checkpoint as if they were this epoch's.
+# The same save at the end of epoch 0 resumes in full.
 #
 # Prints:
 #   whole   [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)] steps 6

@@ -4,8 +4,8 @@
 # lightning 2.6.6, torch 2.13.0. Two epochs are trained and saved; a third shall follow by fit(ckpt_path=...).
 # Guessed: the search runs at the start of the resumed fit, and training goes on in epoch 2.
 # Seen: with the finder the fit has the weights of the checkpoint, but begins at epoch 0 and step 0: three epochs are
-# trained where one was asked for, by an optimizer without its momentum. The search restores a checkpoint of its own in
-# the middle of the fit, and what Lightning had read from the user's is gone by the time loops and optimizers ask for it.
+# trained where one was asked for, by an optimizer without its momentum. By reading its source: the search loads a
+# checkpoint of its own in between, and what was read of the user's is gone when loops and optimizers ask for it.
 #
 # Prints (the last line with the finder):
 #   without: epoch 2, step 4, momentum True, weights of the checkpoint True
