@@ -96,13 +96,15 @@ class _Kept:
 
     def __init__(self, entries: Any, seen: set[int], leave: frozenset[str] = frozenset()) -> None:
         self.entries, self.leave = entries, leave
-        self.values = {name: (value, _content(value, seen)) for name, value in entries.items() if name not in leave}
+        kept = ((name, value) for name, value in entries.items() if name not in leave and not _is_wrap(value))
+        self.values = {name: (value, _content(value, seen)) for name, value in kept}
 
     def put_back(self) -> bool:
         """Whether the content of a tensor, or another object, had to be."""
         changed = False
         for name, (value, content) in self.values.items():
-            if self.entries.get(name, self) is not value:
+            now = self.entries.get(name, self)
+            if now is not value and not _is_wrap(now):
                 self.entries[name], changed = value, True
             changed = (content is not None and content.put_back()) or changed
         for name in [*self.entries]:
@@ -110,6 +112,11 @@ class _Kept:
                 del self.entries[name]
                 changed = True
         return changed
+
+
+def _is_wrap(value: Any) -> bool:
+    """Whether it is a wrapped method: links come and go by themselves, also inside a pass."""
+    return bool(getattr(value, "_feat_wrapper", False))
 
 
 class _Numbers:
