@@ -2,6 +2,7 @@ import logging
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 # For several workers, see below: tests that share nothing but what is in their brackets, and are most of the work; and
 # files that share a process.
@@ -19,6 +20,17 @@ def _one_thread_and_no_chatter():
     torch.set_num_threads(1)  # tiny networks: threads only wait for one another
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@pytest.fixture(autouse=True)
+def _loaders_as_they_were():
+    """An error in a loader hook leaves Lightning's patch on ``DataLoader``, which would change the tests after it."""
+    methods = {name: getattr(DataLoader, name) for name in ("__init__", "__setattr__", "__delattr__")}
+    yield
+    for name, method in methods.items():
+        if getattr(DataLoader, name) is not method:
+            setattr(DataLoader, name, method)
+            delattr(DataLoader, f"__old{name}")
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -66,7 +66,7 @@ class ImageFolderDataModule(PartsDataModule):
         batch_size: int = 32,
         image_size: int = 224,
         crop_pct: float = 0.875,
-        interpolation: str = "bilinear",
+        interpolation: Literal["bilinear", "bicubic"] = "bilinear",
         min_scale: float = 0.08,
         color_jitter: float = 0.0,
         auto_augment: str | None = None,

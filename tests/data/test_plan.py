@@ -79,7 +79,7 @@ def test_what_is_left_of_an_epoch_is_dealt_out_among_other_processes(before, now
 @pytest.mark.parametrize("processes", [1, 3])
 def test_it_knows_what_it_shows_to_fill_up(processes):
     shares = [PlanSampler(COUNTS, num_replicas=processes, rank=rank) for rank in range(processes)]
-    masks = torch.stack([torch.cat([share.repeats(0, 2), share.repeats(2, 5)]) for share in shares], dim=1)
+    masks = torch.stack([torch.cat([share.repeats(0, 2), share.repeats(2, 8)]) for share in shares], dim=1)
     assert masks.flatten().tolist() == [False] * 8 + [True] * (len(shares[0]) * processes - 8)
 
 
