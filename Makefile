@@ -11,8 +11,9 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfil
 quickstart: $(READY)
 	$(BIN)/lightning-feat fit --config recipes/quickstart.yaml
 
+# The blocks of the READMEs are run by docs-test.
 test: $(READY)
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow" --ignore tests/recipes/test_readmes.py
 
 test-slow: $(READY)
 	$(PYTEST) -m slow
