@@ -110,8 +110,8 @@ Each callback under each condition, as `tests/conformance` found it. This page i
 - `R`: refused by an error in the first batch, which says what to do instead; the module is left as it was.
 - `-`: not applicable, for the reason below.
 
-Each cell was run twice, with one outcome: the callback in the Trainer's list, and brought by the module
-(`mixins.CallbacksMixin`).
+The cells of the short half were run twice, with one outcome: the callback in the Trainer's list, and brought by the
+module (`mixins.CallbacksMixin`).
 """
 
 
