@@ -75,6 +75,8 @@ class Watch(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         begin_now(pl_module)
         for position, callback in self.callbacks.items():
+            if isinstance(callback, FeatureShiftMonitor) and callback.data == "train":
+                callback.every_n_batches = 1  # from the first on
             for hook in ("on_train_epoch_end", "on_train_end"):
                 if isinstance(getattr(callback, "ends", None), EpochEnds):
                     setattr(callback, hook, _Logs(self, position, getattr(callback, hook)))

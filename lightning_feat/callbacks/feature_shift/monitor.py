@@ -66,7 +66,8 @@ class FeatureShiftMonitor(Callback):
         image_layers: blocks of the image tower, as many.
         every_n_batches: look at batches 0, n, 2 n, ... of each epoch only. None: in training at every tenth, and at the
             last batch of an epoch with fewer; in validation at each. What is logged of training then is the mean over
-            a tenth of the samples, with about three times its error from sampling.
+            a tenth of the samples, with about three times its error from sampling. The first batch of a fit is compared
+            too, without counting, so that what cannot be compared is refused there.
         figure: when fitting ends, draw the shifts as ``feature_shift.png`` (``feature_shift_val.png``) in the run's
             own folder (``joints.run.folder``), and in every logger that shows images. Needs matplotlib.
         read: the ``"output"`` or the ``"input"`` of ``layers``.
@@ -121,7 +122,7 @@ class FeatureShiftMonitor(Callback):
         self._lost: dict[str, Tensor] = {}  # tokens that were not finite
         self.nonfinite = NonfiniteWatch(self.state_key, " and are left out of the shift")
         self.silence = SilenceWatch(self.state_key)
-        self._listens, self._folder = False, ""
+        self._listens, self._counts, self._tried, self._folder = False, True, False, ""
 
     @property
     def state_key(self) -> str:
@@ -182,7 +183,7 @@ class FeatureShiftMonitor(Callback):
             ]
             lent = [other for other in references if isinstance(other, FrozenStart)]
             frozen.attach(pl_module, lent[0] if lent else None)
-        self._totals, self._lost, self._listens = {}, {}, False
+        self._totals, self._lost, self._listens, self._tried = {}, {}, False, False
         self.nonfinite.reset()
         self.silence.begin()
 
@@ -196,8 +197,11 @@ class FeatureShiftMonitor(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._frozen is not None:
             self._frozen.prepare(trainer, pl_module, batch)
-        if self.data == "train" and self._is_due(trainer, batch_idx):
-            self._listen()
+        if self.data == "train":
+            due = self._is_due(trainer, batch_idx)
+            if due or not self._tried:
+                self._listen(counts=due)
+            self._tried = True
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         self._hold()  # SAM runs training_step twice: the features at the perturbed weights are not wanted
@@ -262,8 +266,8 @@ class FeatureShiftMonitor(Callback):
         # Not the first: in a short epoch it would be the only one, and in the first epoch it has not moved.
         return batch_idx % _EVERY == _EVERY - 1 or (trainer.is_last_batch and batch_idx < _EVERY)
 
-    def _listen(self) -> None:
-        self._listens = True
+    def _listen(self, counts: bool = True) -> None:
+        self._listens, self._counts = True, counts
         if self.comparison is not None:
             for tap in self.comparison.all_taps:
                 tap.listen()
@@ -290,8 +294,9 @@ class FeatureShiftMonitor(Callback):
             for tap in self.comparison.all_taps:
                 tap.drop()
         self.silence.heard()
-        for label, pair in compared.items():
-            self._add(label, pair)
+        if self._counts:
+            for label, pair in compared.items():
+                self._add(label, pair)
 
     def _add(self, label: str, pair: Compared) -> None:
         finite_R = pair.features.isfinite().all(-1) & pair.reference.isfinite().all(-1)
