@@ -20,6 +20,7 @@ from lightning_feat.callbacks import (
     SimplicityBiasUpsampler,
 )
 from lightning_feat.functional.transfer.probe import hold_out
+from lightning_feat.layers import GrassmannLinear
 from tests.helpers import Plain, loader, points, trainer
 
 
@@ -96,17 +97,29 @@ def test_a_monitor_that_hears_nothing_says_so_once(tmp_path, make):
     assert len([w for w in said if "heard nothing" in str(w.message)]) == 1
 
 
-def test_a_head_that_hears_nothing_says_so(tmp_path):
-    class Bypasses(Plain):
-        def __init__(self):
-            super().__init__(manual=True)
+class Bypasses(Plain):
+    """Optimizes by itself, and never runs its head."""
 
-        def forward(self, x):
-            return self.net.body(x)[:, :3]
+    def __init__(self):
+        super().__init__(manual=True)
 
+    def forward(self, x):
+        return self.net.body(x)[:, :3]
+
+
+def test_a_head_that_hears_nothing_is_refused_in_the_first_step(tmp_path):
     run = trainer(tmp_path, callbacks=[GrassmannHead(2), GrassmannMonitor()])
-    with pytest.warns(UserWarning, match=r"GrassmannMonitor.* heard nothing in epoch 0"):
+    with pytest.raises(ValueError, match=r"net.fc is not the layer that makes the logits: net.body.0 ran"):
         run.fit(Bypasses(), loader())
+    assert run.global_step <= 1  # the step of a module that optimizes by itself has run
+
+
+def test_a_monitor_of_a_head_that_hears_nothing_says_so_once(tmp_path):
+    module = Bypasses()
+    module.net.fc = GrassmannLinear(8, 3, 2)
+    with pytest.warns(UserWarning, match=r"GrassmannMonitor.* heard nothing in epoch 0, and logs nothing") as said:
+        trainer(tmp_path, callbacks=[GrassmannMonitor()], max_epochs=3).fit(module, loader())
+    assert len([w for w in said if "heard nothing" in str(w.message)]) == 1
 
 
 class Decoder(nn.Module):
