@@ -12,6 +12,7 @@ from lightning_feat.callbacks import (
     FeatureRegularizer,
     FeatureShiftMonitor,
     FeatureShiftRegularizer,
+    GrassmannHead,
     GrassmannMonitor,
     LinearProbe,
     MixupGeometryMonitor,
@@ -106,6 +107,14 @@ def test_no_callback_without_a_pooling_tells_to_set_it(tmp_path, make):
     with pytest.raises((ValueError, RuntimeError)) as raised:
         run.fit(Maps(), loader(16), loader(16))
     assert "pooling" not in str(raised.value)
+
+
+@pytest.mark.parametrize("head", [SimplexETFHead, lambda: GrassmannHead(2)])
+def test_a_head_in_the_place_of_a_convolution_asks_for_a_pooling_too(tmp_path, head):
+    """Else the classes of samples would be given to positions of others."""
+    run = trainer(tmp_path, callbacks=[head(), NeuralCollapseMonitor()], max_epochs=1)
+    with pytest.raises(ValueError, match="set pooling to 'mean', 'max'"):
+        run.fit(Maps(), loader(16), loader(16))
 
 
 def test_one_that_has_a_pooling_tells_which(tmp_path):

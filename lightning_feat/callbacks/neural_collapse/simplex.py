@@ -13,7 +13,7 @@ from lightning_feat.arguments import checked
 from lightning_feat.functional.common.class_sums import check_target_range
 from lightning_feat.functional.neural_collapse.losses import balanced_lengths, cut_gradient, dot_regression
 from lightning_feat.joints.features.batches import TargetKey, class_indices, targets_of
-from lightning_feat.joints.features.taps import FeatureTap
+from lightning_feat.joints.features.taps import FeatureTap, around_positions
 from lightning_feat.joints.loss.regularizer import Regularizer
 from lightning_feat.joints.loss.terms import LossTerm, Weight
 from lightning_feat.joints.module.head_check import Asks, check_head, forget_check
@@ -192,6 +192,12 @@ class _DotRegressionTerm(LossTerm):
     def value(self, module: LightningModule, batch: Any) -> Tensor:
         features, targets = self.tap.take(), targets_of(batch, self.target_key)
         if not (targets.ndim == 2 and targets.is_floating_point()):
+            if self.tap.over_positions and targets.ndim == 1 and len(targets) < len(features):
+                raise ValueError(
+                    f"the head stands at each position of a map, {len(features)} in this batch, but there are "
+                    f"{len(targets)} targets: {self.key} needs one for each position. Put an average over positions "
+                    "before the classifier, or give a target_key that leads to such targets."
+                )
             targets = class_indices(targets, len(features), f"the targets of {self.key}")
             keep = targets != self.ignore_index
             features, targets = features[keep], targets[keep]
@@ -223,9 +229,12 @@ class _DotRegressionTerm(LossTerm):
 class _HeadTap(FeatureTap):
     """Hears the input of the fixed head, knows the head, and can keep gradients out of it."""
 
+    _by_sample = False  # a head over positions is trained at each
+
     def __init__(self, layer: str | None, detach: bool) -> None:
         super().__init__(layer, read="input", keep_graph=True, pools=False)
         self.detach = detach
+        self.over_positions = False
         self.head: SimplexETF | None = None
         self._detaching: RemovableHandle | None = None
 
@@ -237,7 +246,7 @@ class _HeadTap(FeatureTap):
                 "the callbacks, or build the module with a SimplexETF."
             )
         super().attach(module)
-        self.head = head
+        self.head, self.over_positions = head, around_positions(module, head) is not None
         if self.detach:
             self._detaching = head.register_forward_hook(_without_gradient)
 

@@ -40,6 +40,8 @@ class FeatureTap:
         asks: by which argument of its owner a user names the layer, for an error.
     """
 
+    _by_sample = True  # of a head over positions hear maps, whose positions know their sample
+
     @checked
     def __init__(
         self,
@@ -75,7 +77,9 @@ class FeatureTap:
         """Hook the layer of ``module``; an earlier hook is removed. Raises ``ValueError`` if there is no such layer."""
         self.remove()
         layer = self.find(module)
-        self._ear = Ear(self.keep_graph)
+        around = around_positions(module, layer) if self._by_sample else None
+        layer = layer if around is None else around
+        self._ear = Ear(self.keep_graph, around is not None)
         if self.read == "input":
             self._handle = layer.register_forward_pre_hook(self._ear.hear_input, with_kwargs=True)
         else:
@@ -179,8 +183,9 @@ class Ear:
     own.
     """
 
-    def __init__(self, keep_graph: bool) -> None:
+    def __init__(self, keep_graph: bool, maps: bool = False) -> None:
         self.keep_graph = keep_graph
+        self.maps = maps  # channels first, of any number of axes, to be heard as tokens
         self.listening = False
         self.heard: list[Any] = []
         self.without_gradient = 0  # what was not heard for that reason
@@ -197,10 +202,22 @@ class Ear:
         if self.keep_graph and not torch.is_grad_enabled():
             self.without_gradient += 1
             return  # a pass for a target or a teacher: a loss on it would have no gradient, and thin out the others
+        if self.maps and isinstance(value, Tensor):
+            value = value.flatten(2).transpose(1, 2)  # (N, positions, D)
+            value = value[:, 0] if value.shape[1] == 1 else value
         self.heard.append(value.detach() if isinstance(value, Tensor) and not self.keep_graph else value)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"keep_graph": self.keep_graph, "listening": False, "heard": [], "without_gradient": 0}
+        kept = {"keep_graph": self.keep_graph, "maps": self.maps}
+        return {**kept, "listening": False, "heard": [], "without_gradient": 0}
+
+
+def around_positions(module: nn.Module, layer: nn.Module) -> nn.Module | None:
+    """What stands around ``layer`` where it is a head that a callback put in the place of a convolution, which gets the
+    positions of all samples as samples; else None.
+    """
+    around = (part for part in module.modules() if getattr(part, "over_positions", False))
+    return next((part for part in around if part.head is layer), None)
 
 
 def find_layer(module: nn.Module, name: str) -> nn.Module:

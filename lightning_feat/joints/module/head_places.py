@@ -11,6 +11,7 @@ class Around(nn.Module):
     """What stays around a new head where the old one was more than a ``Linear``."""
 
     head: nn.Module
+    over_positions = False
 
 
 class _After(Around):
@@ -33,6 +34,8 @@ class _OverPositions(Around):
     """A head in the place of a convolution of one position: maps ``(N, D, ...)`` become logits ``(N, C, ...)``, and the
     head gets features ``(N * positions, D)``.
     """
+
+    over_positions = True
 
     def __init__(self, head: nn.Module) -> None:
         super().__init__()

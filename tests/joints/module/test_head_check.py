@@ -7,9 +7,11 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_feat.callbacks import GrassmannHead, NeuralCollapseMonitor, SimplexETFHead
+from lightning_feat.callbacks import DotRegressionRegularizer, GrassmannHead, NeuralCollapseMonitor, SimplexETFHead
+from lightning_feat.functional.neural_collapse import dot_regression
 from lightning_feat.joints.features.heads import find_classifier
 from lightning_feat.joints.features.last_layers import LastLayers
+from lightning_feat.joints.features.taps import FeatureTap
 from lightning_feat.layers import SimplexETF
 from tests.helpers import Plain, loader, trainer, weights
 
@@ -186,6 +188,37 @@ def test_a_convolution_of_one_position_is_a_linear_at_each(tmp_path, make):
     x = torch.randn(2, 8, 5, 6)
     by_hand = torch.stack([head(x[:, :, i, j]) for i in range(5) for j in range(6)], -1).reshape(2, 3, 5, 6)
     torch.testing.assert_close(module.classifier(x), by_hand)
+
+
+def test_at_each_position_the_target_is_that_of_the_position(tmp_path):
+    class Keeps(Maps):
+        def training_step(self, batch, batch_idx):
+            self.heard = self.body(batch[0]).relu().detach(), batch[1]
+            return super().training_step(batch, batch_idx)
+
+    module, data = Keeps(), maps()
+    run = trainer(tmp_path, callbacks=[SimplexETFHead(), DotRegressionRegularizer()], limit_train_batches=1)
+    run.fit(module, data)
+    features_NDHW, targets_NHW = module.heard
+    features = features_NDHW.movedim(1, -1).flatten(0, -2)
+    by_hand = dot_regression(features, targets_NHW.flatten(), module.classifier.head.prototypes)
+    torch.testing.assert_close(run.callback_metrics["dot_regression/loss/penultimate"], by_hand)
+
+
+def test_a_monitor_hears_maps_where_a_head_stands_at_each_position(tmp_path):
+    class Pooled(Maps):
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self.classifier(self.body(batch[0]).relu()).mean((2, 3)), batch[1][:, 0, 0])
+
+    taps = FeatureTap(pooling="mean")
+    module = Pooled()
+    trainer(tmp_path, callbacks=[SimplexETFHead()]).fit(module, maps())
+    taps.attach(module)
+    taps.listen()
+    h = torch.randn(2, 8, 5, 6)
+    module.classifier(h)
+    torch.testing.assert_close(taps.take(), h.mean((2, 3)))
+    taps.remove()
 
 
 def test_a_convolution_of_more_is_refused(tmp_path):
