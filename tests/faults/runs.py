@@ -170,14 +170,15 @@ def deadly(place: str | None) -> tuple[list[pl.Callback], list[Any]]:
     }
     if place in hooks:
         return [At(*hooks[place], kill_myself)], []
-    from lightning_feat.callbacks import collapse_pass, slow_pass, upsampling
+    from lightning_feat.callbacks.simplicity_bias import slow_pass, upsampler
+    from lightning_feat.joints.data import shared_pass
 
     opener = local_files.LocalFileOpener
     patches = {
         None: [],
-        "pass of a monitor": [(collapse_pass, "run_forward", after(5, collapse_pass.run_forward, kill_myself))],
-        "pass of the selection": [(slow_pass, "run_forward", after(2, slow_pass.run_forward, kill_myself))],
-        "restart": [(upsampling, "begin_again", after(1, upsampling.begin_again, kill_myself))],
+        "pass of a monitor": [(shared_pass, "run_forward", after(5, shared_pass.run_forward, kill_myself))],
+        "pass of the selection": [(slow_pass, "hear", after(2, slow_pass.hear, kill_myself))],
+        "restart": [(upsampler, "begin_again", after(1, upsampler.begin_again, kill_myself))],
         "writing a checkpoint": [(opener, "write", _half_written(opener.write, 2))],
         "moving a checkpoint": [(opener, "commit", _half_moved(2))],
     }[place]
@@ -259,7 +260,7 @@ def pair_member(folder: Path, rank: int, port: int, seconds: float, place: str, 
     )
     import time
 
-    from lightning_feat.callbacks import slow_pass
+    from lightning_feat.callbacks.simplicity_bias import slow_pass
     from lightning_feat.metrics.neural_collapse import NeuralCollapse
 
     def fail(*_: Any) -> None:
