@@ -108,9 +108,9 @@ CALLBACKS = {
     "knee": lambda: [SimplicityBiasUpsampler(separating_epoch="knee")],
 }
 LARGE, NEGATIVE = "a target is 7 but num_classes=3", "a target is -1, targets are class indices from 0 to"
-NO_ROOM, NO_FEATURES = "0 features have no room for a simplex of 3", "num_features=0: both must be at least 1"
+NO_ROOM, NO_FEATURES = "0 features have no room for a simplex of 3", "num_features=0: must be at least 1"
 TO_SEVEN, FROM_MINUS = "targets go from .* to 7", "targets go from -1 to"
-LEFT_OUT = "32 of 33 training examples came out of the data loader: its collate_fn must leave none out"
+LEFT_OUT = "32 rows of logits came out of a pass in eval mode over 33 training examples, .* leave none out"
 MORE_OUTPUTS = "turns 0 features into 3 outputs"
 SUBSPACE = "subspace_dim=2 must lie between 1 and the width of the features, 0"
 # By case in the order of CALLBACKS. A label can be out of range for what reads labels; a probe takes any.

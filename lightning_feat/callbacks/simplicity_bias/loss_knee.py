@@ -6,6 +6,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from lightning_feat.callbacks.simplicity_bias.slow_pass import Criterion, losses_of_each
+from lightning_feat.functional.common.class_sums import check_target_range
 from lightning_feat.functional.common.looks import without_looking
 from lightning_feat.functional.simplicity_bias.epochs import knee_reached
 from lightning_feat.joints.features.batches import TargetKey, class_indices, targets_of
@@ -29,9 +30,11 @@ class LossKnee:
         self.losses: list[float] = []
         self._num_classes = 0
         self._summed = torch.zeros(2)  # losses of this epoch, and their number
+        self._range = torch.zeros(2, dtype=torch.long)  # the largest class index so far, and minus the smallest
 
     def begin_epoch(self, device: torch.device) -> None:
         self._summed = torch.zeros(2, device=device)
+        self._range = torch.zeros(2, dtype=torch.long, device=device)
 
     def listen(self) -> None:
         """From the start of a training batch."""
@@ -46,12 +49,22 @@ class LossKnee:
         logits: Tensor = self.logits.take()
         self._num_classes = logits.shape[1]
         targets = class_indices(targets_of(batch, self.target_key), len(logits), "the targets").to(logits.device)
+        known = targets
+        if self.criterion is None and targets.numel() and not targets.is_floating_point():
+            # Labels out of range are told at the end of the epoch; here they would stop the device.
+            self._range = torch.maximum(self._range, torch.stack([targets.max(), -targets.min()]).to(self._range))
+            known = targets.clamp(0, self._num_classes - 1)
         with without_looking():
-            losses = losses_of_each(logits.float(), targets, self.criterion)
+            losses = losses_of_each(logits.float(), known, self.criterion)
         self._summed += torch.stack([losses.sum(), losses.new_full((), len(losses))])
 
     def reached(self, trainer: Trainer) -> bool:
-        """At the end of an epoch: whether it was the knee, the same on all processes."""
+        """At the end of an epoch: whether it was the knee, the same on all processes. Raises ``ValueError`` on all of them
+        where a label was out of range.
+        """
+        highest, lowest = trainer.strategy.reduce(self._range, reduce_op="max").tolist()
+        if self.criterion is None and self._num_classes:
+            check_target_range(torch.tensor([-lowest, highest]), self._num_classes)
         total, number = trainer.strategy.reduce(self._summed, reduce_op="sum").tolist()
         self.losses.append(total / max(number, 1.0))
         start = math.log(self._num_classes) if self.criterion is None else None
