@@ -59,8 +59,9 @@ class LossKnee:
         self._summed += torch.stack([losses.sum(), losses.new_full((), len(losses))])
 
     def reached(self, trainer: Trainer) -> bool:
-        """At the end of an epoch: whether it was the knee, the same on all processes. Raises ``ValueError`` on all of them
-        where a label was out of range.
+        """At the end of an epoch: whether it was the knee, the same on all processes.
+
+        Raises ``ValueError``, on all of them, where a label was out of range.
         """
         highest, lowest = trainer.strategy.reduce(self._range, reduce_op="max").tolist()
         if self.criterion is None and self._num_classes:
