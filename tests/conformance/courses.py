@@ -5,6 +5,7 @@ does the same to both sides and gives what is to be compared.
 import contextlib
 import copy
 import importlib
+import inspect
 import io
 import pickle
 from collections.abc import Iterator, Sequence
@@ -512,8 +513,8 @@ def cli(side: Side) -> Run:
     path.write_text(printed.getvalue())
     shown = yaml.safe_load(printed.getvalue())["trainer"]["callbacks"]
     for member, entry in zip(shown, side.entry.family(), strict=True):
-        names = entry.cls.__init__.__code__.co_varnames[1 : entry.cls.__init__.__code__.co_argcount]
-        assert set(member["init_args"]) == set(names), f"{entry}: --print_config does not show all of {names}"
+        names = inspect.signature(entry.cls).parameters
+        assert set(member["init_args"]) == set(names), f"{entry}: --print_config does not show all of {[*names]}"
     made = command_line(path)
     family = [c for c in made.trainer.callbacks if type(c).__module__.startswith("lightning_feat")]
     return side.fit(made.trainer, made.model, family)
