@@ -4,7 +4,6 @@ from typing import Any, NamedTuple
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -101,8 +100,7 @@ class DataPlan(Callback):
             make_train_loader_anew(trainer)
             if place[1] == 0:
                 end_the_epoch_resumed(trainer)
-            with isolate_rng():  # Lightning has drawn for the loader that is dropped: one draw, as without us
-                trainer.fit_loop.setup_data()
+            trainer.fit_loop.setup_data()
         self._say_what_is_cut(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
