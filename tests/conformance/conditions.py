@@ -163,7 +163,7 @@ CONDITIONS = [
         habits={"dropout": 0.0},
         quick=True,
     ),
-    # Without dropout, as above: a loader that is made anew draws a random number, and whoever plans by hand makes it twice.
+    # Without dropout, as above: a loader made anew draws a random number, and whoever plans by hand makes it twice.
     Condition("plain checkpoint to suite", CHECKPOINTS, courses.plain_to_suite, habits={"dropout": 0.0}, quick=True),
     Condition("suite checkpoint to plain", CHECKPOINTS, courses.suite_to_plain, quick=True),
     Condition("load_from_checkpoint of the plain class", CHECKPOINTS, courses.load_plain),
