@@ -63,9 +63,10 @@ class LossKnee:
 
         Raises ``ValueError``, on all of them, where a label was out of range.
         """
-        highest, lowest = trainer.strategy.reduce(self._range, reduce_op="max").tolist()
-        if self.criterion is None and self._num_classes:
-            check_target_range(torch.tensor([-lowest, highest]), self._num_classes)
+        bounds = torch.cat([self._range, self._range.new_tensor([self._num_classes])])  # a process may have had no batch
+        highest, lowest, num_classes = trainer.strategy.reduce(bounds, reduce_op="max").tolist()
+        if self.criterion is None and num_classes:
+            check_target_range(torch.tensor([-lowest, highest]), num_classes)
         total, number = trainer.strategy.reduce(self._summed, reduce_op="sum").tolist()
         self.losses.append(total / max(number, 1.0))
         start = math.log(self._num_classes) if self.criterion is None else None
