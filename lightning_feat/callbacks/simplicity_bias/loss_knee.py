@@ -63,7 +63,7 @@ class LossKnee:
 
         Raises ``ValueError``, on all of them, where a label was out of range.
         """
-        bounds = torch.cat([self._range, self._range.new_tensor([self._num_classes])])  # a process may have had no batch
+        bounds = torch.cat([self._range, self._range.new_tensor([self._num_classes])])  # one may have had no batch
         highest, lowest, num_classes = trainer.strategy.reduce(bounds, reduce_op="max").tolist()
         if self.criterion is None and num_classes:
             check_target_range(torch.tensor([-lowest, highest]), num_classes)
