@@ -71,7 +71,8 @@ class PairTile:
     @cached_property
     def cdnv(self) -> Tensor:
         """Of class means and the variances of their classes: the mean variance over the squared distance."""
-        assert self._values is not None, "give the variances of the classes"
+        if self._values is None:
+            raise ValueError("this statistic of pairs needs the variances of the classes: give them.")
         return self._of_pairs(self._values[self._a, None] + self._values[self._b]) / (2 * self.squared_distance)
 
     def _of_pairs(self, matrix_AB: Tensor) -> Tensor:
