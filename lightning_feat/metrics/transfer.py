@@ -22,6 +22,7 @@ class ClassSeparation(ClassSumsMetric):
     features, not samples: ``8 * C * (D + 2)`` bytes, and as many for what ``reset`` restores.
 
     Example:
+        >>> import torch
         >>> metric = ClassSeparation(num_classes=2, num_features=2)
         >>> metric(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 2.0]]), torch.tensor([0, 1, 1]))
         tensor(1., dtype=torch.float64)
@@ -54,6 +55,7 @@ class WithinClassVariability(SumsMetric):
         **kwargs: those of ``torchmetrics.Metric``. A ``dist_sync_fn`` must suit states that are sums.
 
     Example:
+        >>> import torch
         >>> metric = WithinClassVariability(num_classes=2)
         >>> metric.update(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 2.0]]), torch.tensor([0, 0, 1]))
         >>> metric.compute()
