@@ -2,7 +2,7 @@ import weakref
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch import Tensor
 
@@ -12,7 +12,7 @@ from lightning_feat.callbacks.grassmann.figures import draw_angles
 from lightning_feat.callbacks.grassmann.head import GrassmannHead
 from lightning_feat.callbacks.reports.figures import folder_for_figures, publish_figure
 from lightning_feat.functional.common.looks import without_looking
-from lightning_feat.joints.data.epoch_ends import EpochEnds, back_in_last_epoch
+from lightning_feat.joints.data.epoch_ends import EpochEnds, MeasuresAtEpochEnds
 from lightning_feat.joints.data.passes import clean_loader, try_first_batch
 from lightning_feat.joints.data.processes import full_tensor, repeated_rows
 from lightning_feat.joints.data.shared_pass import read_clean
@@ -22,6 +22,7 @@ from lightning_feat.joints.features.heads import find_classifier
 from lightning_feat.joints.features.nonfinite import NonfiniteWatch
 from lightning_feat.joints.features.silence import SilenceWatch
 from lightning_feat.joints.features.taps import FeatureTap, Pooling, TapError, find_layer
+from lightning_feat.joints.run.averaging import WhichWeights
 from lightning_feat.joints.run.spared import run_spared
 from lightning_feat.joints.run.twins import callbacks_of, refuse_twin
 from lightning_feat.layers.grassmann import LOST, GrassmannLinear, off_the_manifold
@@ -29,7 +30,7 @@ from lightning_feat.metrics.grassmann import subspace_geometry
 from lightning_feat.metrics.transfer import ClassSeparation, WithinClassVariability
 
 
-class GrassmannMonitor(Callback):
+class GrassmannMonitor(MeasuresAtEpochEnds):
     """Log how the class subspaces of a ``GrassmannLinear`` lie and move, and how its features spread, as
     ``grassmann/<measure>/<layer>``.
 
@@ -68,6 +69,8 @@ class GrassmannMonitor(Callback):
             own step does, see ``joints.data.ways``.
         mask_key: where a batch keeps which tokens count ``(N, T)``, for ``pooling="mean"``, ``"max"`` or ``"tokens"``:
             without it padding counts.
+        weights: for the exact mode, which weights to look at: the ``"current"`` ones, or those that are ``"averaged"``
+            by an ``EMAWeightAveraging`` or another ``WeightAveraging`` of the Trainer, which validates and saves them.
     """
 
     @checked
@@ -86,7 +89,10 @@ class GrassmannMonitor(Callback):
         ignore_index: int = -100,
         forward: Forward | None = None,
         mask_key: TargetKey = None,
+        weights: WhichWeights = "current",
     ) -> None:
+        if mode == "online" and weights == "averaged":
+            raise ValueError("the online mode sees the current weights: for weights='averaged' choose mode='exact'.")
         if mode == "online" and data == "val":
             raise ValueError("the online mode sees training batches only: for data='val' choose mode='exact'.")
         smallest = 1 if max_samples_per_class is None else max_samples_per_class - 1
@@ -96,7 +102,7 @@ class GrassmannMonitor(Callback):
             )
         self.layer, self.mode, self.data, self.every_n_epochs = layer, mode, data, every_n_epochs
         self.max_pairs, self.max_samples_per_class, self.seed = max_pairs, max_samples_per_class, seed
-        self.figure, self.pooling = figure, pooling
+        self.figure, self.pooling, self.weights = figure, pooling, weights
         self.target_key, self.ignore_index, self.mask_key = target_key, ignore_index, mask_key
         self.ends, self.ways = EpochEnds(every_n_epochs), Ways(forward, self.state_key)
         self.start: Tensor | None = None
@@ -144,7 +150,7 @@ class GrassmannMonitor(Callback):
         self._heard = torch.zeros(())
         self.nonfinite.reset()
         self.silence.begin()
-        self.ends.begin()
+        super().on_fit_start(trainer, pl_module)
         self.ways.begin()
         self._head_reports = any(
             isinstance(other, GrassmannHead) and other.head(pl_module) is head for other in callbacks_of(trainer)
@@ -190,15 +196,8 @@ class GrassmannMonitor(Callback):
                 metric.update(features, targets, left_out if repeated is None else left_out | repeated)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.ends.is_due(trainer):
-            self.ends.note(trainer)
-            self._measure(trainer, pl_module)
+        super().on_train_epoch_end(trainer, pl_module)
         self.silence.end_epoch(trainer)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.ends.missed(trainer):
-            with back_in_last_epoch(trainer, pl_module):
-                self._measure(trainer, pl_module)
 
     def wanted(self, trainer: Trainer) -> dict[str, Any]:
         return self._loader(trainer) if self.mode == "exact" and self.ends.is_due(trainer) else {}

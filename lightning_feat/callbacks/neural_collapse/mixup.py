@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Subset
@@ -14,7 +14,7 @@ from torchmetrics.classification import MulticlassCalibrationError
 from lightning_feat.arguments import checked
 from lightning_feat.functional.common.class_sums import ClassSums, class_means, class_sums, empty_class_sums
 from lightning_feat.functional.neural_collapse.mixup import MixSums, draw_pairs, mix_measures, mix_sums
-from lightning_feat.joints.data.epoch_ends import EpochEnds, back_in_last_epoch
+from lightning_feat.joints.data.epoch_ends import EpochEnds, MeasuresAtEpochEnds
 from lightning_feat.joints.data.passes import clean_batches, clean_loader, hear, loader_like, try_first_batch
 from lightning_feat.joints.data.processes import full_tensor
 from lightning_feat.joints.data.shared_pass import Again, read_clean
@@ -25,11 +25,12 @@ from lightning_feat.joints.features.nonfinite import NonfiniteWatch
 from lightning_feat.joints.features.taps import FeatureTap
 from lightning_feat.joints.features.weights import read_weight
 from lightning_feat.joints.module.head_swap import named_or_found
+from lightning_feat.joints.run.averaging import WhichWeights
 from lightning_feat.joints.run.twins import refuse_twin
 from lightning_feat.layers.neural_collapse import SimplexETF
 
 
-class MixupGeometryMonitor(Callback):
+class MixupGeometryMonitor(MeasuresAtEpochEnds):
     """Log where blends of two samples come to lie, as ``mixup_geometry/<measure>/<layer>``, in a training with mixup or
     without.
 
@@ -60,6 +61,9 @@ class MixupGeometryMonitor(Callback):
             come first, or are the batch.
         forward: ``forward(module, inputs)`` that runs the network; None runs it as the module's own step does, see
             ``joints.data.ways``.
+        weights: which weights to look at: the ``"current"`` ones, or those that are
+            ``"averaged"`` by an ``EMAWeightAveraging`` or another ``WeightAveraging`` of the Trainer, which validates
+            and saves them.
     """
 
     @checked
@@ -74,6 +78,7 @@ class MixupGeometryMonitor(Callback):
         num_bins: int = 15,
         target_key: TargetKey = None,
         forward: Forward | None = None,
+        weights: WhichWeights = "current",
     ) -> None:
         if not shares or not all(0 < share < 1 for share in shares):
             raise ValueError(f"shares={list(shares)}: give at least one, each strictly between 0 and 1.")
@@ -81,7 +86,7 @@ class MixupGeometryMonitor(Callback):
             raise ValueError(f"{num_pairs=}, {every_n_epochs=} and {num_bins=}: each must be at least 1.")
         self.layer, self.data, self.shares = layer, data, tuple(shares)
         self.num_pairs, self.every_n_epochs, self.seed, self.num_bins = num_pairs, every_n_epochs, seed, num_bins
-        self.target_key = target_key
+        self.target_key, self.weights = target_key, weights
         self.inputs = FeatureTap(layer, "input", pools=False)  # of the classifier
         self.outputs = FeatureTap(layer, pools=False)
         self.ends = EpochEnds(every_n_epochs)
@@ -99,7 +104,7 @@ class MixupGeometryMonitor(Callback):
         name, head = named_or_found(pl_module, self.layer)
         _rows(name, head)
         self.nonfinite.reset()
-        self.ends.begin()
+        super().on_fit_start(trainer, pl_module)
         self.ways.begin()
         self.inputs.attach(pl_module)
         self.outputs = FeatureTap(name, "output", pools=False)
@@ -114,16 +119,6 @@ class MixupGeometryMonitor(Callback):
                     _mixable(batch)
                     self._classes(batch, targets_of(batch, self.target_key).numel())
             try_first_batch(trainer, pl_module, clean, self.data, self.ways, [self.inputs, self.outputs])
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.ends.is_due(trainer):
-            self.ends.note(trainer)
-            self._measure(trainer, pl_module)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.ends.missed(trainer):
-            with back_in_last_epoch(trainer, pl_module):
-                self._measure(trainer, pl_module)
 
     def wanted(self, trainer: Trainer) -> dict[str, Any]:
         return {self.data: self._loader(trainer)} if self.ends.is_due(trainer) else {}

@@ -1,6 +1,6 @@
 from typing import Any, Literal
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
@@ -13,7 +13,7 @@ from lightning_feat.callbacks.neural_collapse.thresholds import CollapseThreshol
 from lightning_feat.functional.common.class_sums import GlobalMean
 from lightning_feat.functional.common.looks import without_looking
 from lightning_feat.functional.grassmann import orthonormality_error
-from lightning_feat.joints.data.epoch_ends import EpochEnds, back_in_last_epoch
+from lightning_feat.joints.data.epoch_ends import EpochEnds, MeasuresAtEpochEnds
 from lightning_feat.joints.data.passes import clean_loader, try_first_batch
 from lightning_feat.joints.data.processes import repeated_rows
 from lightning_feat.joints.data.shared_pass import read_clean
@@ -24,6 +24,7 @@ from lightning_feat.joints.features.nonfinite import NonfiniteWatch
 from lightning_feat.joints.features.silence import SilenceWatch
 from lightning_feat.joints.features.taps import Pooling, Read, TapError
 from lightning_feat.joints.module.head_check import Asks, check_head, forget_check
+from lightning_feat.joints.run.averaging import WhichWeights
 from lightning_feat.joints.run.twins import callbacks_of, refuse_twin
 from lightning_feat.layers.grassmann import LOST, off_the_manifold
 from lightning_feat.metrics.neural_collapse import NeuralCollapse
@@ -32,7 +33,7 @@ _WIDEST_SPECTRUM = 2048  # up to here a (D, D) matrix takes 34 MB, and its eigen
 _WIDEST_ONLINE_MOMENT = 512  # up to here the D x D moment costs about a millisecond for a batch of 128 on two CPU cores
 
 
-class NeuralCollapseMonitor(Callback):
+class NeuralCollapseMonitor(MeasuresAtEpochEnds):
     """Log how far the features of a layer, or of several, have collapsed, as ``neural_collapse/<measure>/<layer>``.
 
     The names of the measures state their convention; ``functional.neural_collapse.collapse_measures`` lists and
@@ -94,6 +95,8 @@ class NeuralCollapseMonitor(Callback):
         thresholds: see :class:`CollapseThreshold`.
         mask_key: where a batch keeps which tokens count ``(N, T)``, for ``pooling="mean"``, ``"max"`` or ``"tokens"``:
             without it padding counts.
+        weights: for the exact mode, which weights to look at: the ``"current"`` ones, or those that are ``"averaged"``
+            by an ``EMAWeightAveraging`` or another ``WeightAveraging`` of the Trainer, which validates and saves them.
     """
 
     @checked
@@ -118,6 +121,7 @@ class NeuralCollapseMonitor(Callback):
         table: bool | None = None,
         thresholds: list[CollapseThreshold] | None = None,
         mask_key: TargetKey = None,
+        weights: WhichWeights = "current",
     ) -> None:
         if every_n_epochs != "log" and every_n_epochs < 1:
             raise ValueError(f"every_n_epochs={every_n_epochs} must be at least 1, or 'log'.")
@@ -125,6 +129,8 @@ class NeuralCollapseMonitor(Callback):
             raise ValueError(
                 "the online mode sees training batches only: for data='val' or 'both' choose mode='exact'."
             )
+        if mode == "online" and weights == "averaged":
+            raise ValueError("the online mode sees the current weights: for weights='averaged' choose mode='exact'.")
         layers: list[str | None] = [*layer] if isinstance(layer, list) else [layer]
         if len(set(layers)) < len(layers) or not layers:
             raise ValueError(f"layer={layer}: name each layer once, and at least one.")
@@ -132,7 +138,7 @@ class NeuralCollapseMonitor(Callback):
         self.num_classes = num_classes
         self._beside_online = False
         self.mode, self.data, self.every_n_epochs = mode, data, every_n_epochs
-        self.ends = EpochEnds(every_n_epochs)
+        self.ends, self.weights = EpochEnds(every_n_epochs), weights
         self.measures = MeasurePatterns(measures)
         self.global_mean, self.second_moment = global_mean, second_moment
         self.ways = Ways(forward, self.state_key)
@@ -170,7 +176,7 @@ class NeuralCollapseMonitor(Callback):
         # Not in setup: before configure_model the layers may not be there, or be replaced later.
         self._online, self._warned = {}, set()
         self.measures.begin()
-        self.ends.begin()
+        super().on_fit_start(trainer, pl_module)
         self.ways.begin()
         self.watch.reset()
         self.nonfinite.reset()
@@ -224,20 +230,13 @@ class NeuralCollapseMonitor(Callback):
             for label, metric in self._online.items():
                 self._report(trainer, pl_module, metric, label, "train")
             self.silence.end_epoch(trainer)
-        elif self.ends.is_due(trainer):
-            self.ends.note(trainer)
-            self._measure(trainer, pl_module)
+            self._end_round()
         else:
-            return
-        self.watch.end_round()
-        if lost := self.measures.never_given():
-            self._warn_once(lost)
+            super().on_train_epoch_end(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.mode == "exact" and self.ends.missed(trainer):
-            with back_in_last_epoch(trainer, pl_module):
-                self._measure(trainer, pl_module)
-            self.watch.end_round()
+        if self.mode == "exact":
+            super().on_train_end(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.report.finish(trainer)  # before Lightning closes the loggers
@@ -270,6 +269,12 @@ class NeuralCollapseMonitor(Callback):
             reading: CollapseReading = read_clean(trainer, module, self, name, loader)
             for label, metric in reading.metrics.items():
                 self._report(trainer, module, metric, label, "train" if name == "training" else "val")
+        self._end_round()
+
+    def _end_round(self) -> None:
+        self.watch.end_round()
+        if lost := self.measures.never_given():
+            self._warn_once(lost)
 
     def _metric(self, module: LightningModule, features: Tensor) -> NeuralCollapse:
         num_classes = self.taps.count_classes(module) if self.num_classes is None else self.num_classes

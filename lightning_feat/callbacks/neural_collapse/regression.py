@@ -2,12 +2,12 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from lightning_feat.arguments import checked
 from lightning_feat.functional.neural_collapse.regression import nrc1, nrc2, nrc3, nrc3_best_gamma, target_covariance
-from lightning_feat.joints.data.epoch_ends import EpochEnds, back_in_last_epoch
+from lightning_feat.joints.data.epoch_ends import EpochEnds, MeasuresAtEpochEnds
 from lightning_feat.joints.data.passes import clean_loader, try_first_batch
 from lightning_feat.joints.data.processes import full_tensor, gather_samples
 from lightning_feat.joints.data.shared_pass import Again, read_clean
@@ -17,10 +17,11 @@ from lightning_feat.joints.features.nonfinite import NonfiniteWatch
 from lightning_feat.joints.features.taps import FeatureTap
 from lightning_feat.joints.features.weights import read_weight
 from lightning_feat.joints.module.head_swap import named_or_found
+from lightning_feat.joints.run.averaging import WhichWeights
 from lightning_feat.joints.run.twins import refuse_twin
 
 
-class RegressionCollapseMonitor(Callback):
+class RegressionCollapseMonitor(MeasuresAtEpochEnds):
     """Log how far a network with several outputs has collapsed, as ``regression_collapse/<measure>/<layer>``.
 
     ``nrc1``, ``nrc2`` and ``nrc3`` are those of ``functional.neural_collapse``, of the features that the last
@@ -39,6 +40,9 @@ class RegressionCollapseMonitor(Callback):
         target_key: where a batch keeps the targets ``(N,)`` or ``(N, n)``, see ``joints.features.batches``.
         forward: ``forward(module, batch)`` that runs the network; None runs it as the module's own step does, see
             ``joints.data.ways``.
+        weights: which weights to look at: the ``"current"`` ones, or those that are
+            ``"averaged"`` by an ``EMAWeightAveraging`` or another ``WeightAveraging`` of the Trainer, which validates
+            and saves them.
     """
 
     @checked
@@ -50,12 +54,13 @@ class RegressionCollapseMonitor(Callback):
         centered: bool = True,
         target_key: TargetKey = None,
         forward: Forward | None = None,
+        weights: WhichWeights = "current",
     ) -> None:
         if every_n_epochs < 1:
             raise ValueError(f"every_n_epochs={every_n_epochs} must be at least 1.")
         self.tap = FeatureTap(head, "input", pools=False, asks="head")
         self.data, self.every_n_epochs, self.centered = data, every_n_epochs, centered
-        self.target_key = target_key
+        self.target_key, self.weights = target_key, weights
         self.ends, self.ways = EpochEnds(every_n_epochs), Ways(forward, self.state_key)
         self.nonfinite = NonfiniteWatch(self.state_key, "; what is made of them is nan")
 
@@ -74,7 +79,7 @@ class RegressionCollapseMonitor(Callback):
                 "but regression collapse is defined for no more outputs than features."
             )
         self.nonfinite.reset()
-        self.ends.begin()
+        super().on_fit_start(trainer, pl_module)
         self.ways.begin()
         self.tap.attach(pl_module)
 
@@ -83,16 +88,6 @@ class RegressionCollapseMonitor(Callback):
             if loader is not None or name == "training":
                 clean = clean_loader(trainer, loader, name)
                 try_first_batch(trainer, pl_module, clean, name, self.ways, [self.tap])
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.ends.is_due(trainer):
-            self.ends.note(trainer)
-            self._measure(trainer, pl_module)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.ends.missed(trainer):
-            with back_in_last_epoch(trainer, pl_module):
-                self._measure(trainer, pl_module)
 
     def wanted(self, trainer: Trainer) -> dict[str, Any]:
         return self._loader(trainer) if self.ends.is_due(trainer) else {}

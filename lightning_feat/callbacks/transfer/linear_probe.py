@@ -3,7 +3,7 @@ from contextlib import suppress
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -18,7 +18,7 @@ from lightning_feat.functional.transfer.probe import (
     hold_out,
     linear_probe,
 )
-from lightning_feat.joints.data.epoch_ends import EpochEnds, back_in_last_epoch
+from lightning_feat.joints.data.epoch_ends import EpochEnds, MeasuresAtEpochEnds
 from lightning_feat.joints.data.passes import clean_loader, try_first_batch
 from lightning_feat.joints.data.processes import gather_samples
 from lightning_feat.joints.data.shared_pass import Again, read_clean
@@ -26,12 +26,13 @@ from lightning_feat.joints.data.ways import Forward, Ways
 from lightning_feat.joints.features.batches import TargetKey, class_indices, mask_of, targets_of
 from lightning_feat.joints.features.nonfinite import NonfiniteWatch
 from lightning_feat.joints.features.taps import FeatureTap, Pooling, Read
+from lightning_feat.joints.run.averaging import WhichWeights
 from lightning_feat.joints.run.twins import refuse_twin
 
 _Loaders = dict[Literal["train", "val", "test"], Any]
 
 
-class LinearProbe(Callback):
+class LinearProbe(MeasuresAtEpochEnds):
     """Log how well a linear classifier reads classes from the features of a layer, as
     ``linear_probe/accuracy/<layer>``: the network stays as it is, and the classifier is fitted beside it.
 
@@ -66,6 +67,9 @@ class LinearProbe(Callback):
             without it padding counts.
         forward: ``forward(module, batch)`` that runs the network; None runs it as the module's own step does, see
             ``joints.data.ways``.
+        weights: which weights to look at: the ``"current"`` ones, or those that are
+            ``"averaged"`` by an ``EMAWeightAveraging`` or another ``WeightAveraging`` of the Trainer, which validates
+            and saves them.
 
     Attributes:
         result: of the last probe, with the chosen penalty and the validation curve; None before.
@@ -89,6 +93,7 @@ class LinearProbe(Callback):
         ignore_index: int = -100,
         forward: Forward | None = None,
         mask_key: TargetKey = None,
+        weights: WhichWeights = "current",
     ) -> None:
         if every_n_epochs is not None and every_n_epochs < 1:
             raise ValueError(f"every_n_epochs={every_n_epochs} must be at least 1, or None for the last epoch alone.")
@@ -101,7 +106,7 @@ class LinearProbe(Callback):
         self.data, self.name, self.every_n_epochs = data, name, every_n_epochs
         self.loaders: _Loaders = {"train": train, "val": val, "test": test}
         self.scaling: Scaling = scaling
-        self.penalties = tuple(penalties)
+        self.penalties, self.weights = tuple(penalties), weights
         self.target_key, self.ignore_index, self.mask_key = target_key, ignore_index, mask_key
         self.ends, self.ways = EpochEnds(every_n_epochs, first=False), Ways(forward, self.state_key)
         self.result: LinearProbeResult | None = None
@@ -117,7 +122,7 @@ class LinearProbe(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.result = None
         self.nonfinite.reset()
-        self.ends.begin()
+        super().on_fit_start(trainer, pl_module)
         self.ways.begin()
         self.tap.attach(pl_module)
         if self.data is not None:
@@ -138,16 +143,6 @@ class LinearProbe(Callback):
             if batch is not None:
                 targets = targets_of(batch, self.target_key)
                 class_indices(targets, targets.numel(), f"the targets for layer {self.tap.label}")
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.ends.is_due(trainer):
-            self.ends.note(trainer)
-            self._measure(trainer, pl_module)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.ends.missed(trainer):
-            with back_in_last_epoch(trainer, pl_module):
-                self._measure(trainer, pl_module)
 
     def wanted(self, trainer: Trainer) -> dict[str, Any]:
         return self._parts(trainer) if self.ends.is_due(trainer) else {}

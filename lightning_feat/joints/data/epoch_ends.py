@@ -4,7 +4,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_feat.joints.run.averaging import WhichWeights, holds_average, refuse_no_average, with_weights
 
 
 def is_last_epoch(trainer: Trainer) -> bool:
@@ -72,3 +75,42 @@ def back_in_last_epoch(trainer: Trainer, module: LightningModule) -> Iterator[No
         module._current_fx_name = hook
         progress.completed += 1
         loop._batches_that_stepped += 1
+
+
+class MeasuresAtEpochEnds(Callback):
+    """The hooks of a callback that measures at the end of epochs; what it measures is ``_measure``.
+
+    Attributes:
+        ends: the epochs.
+        weights: on which weights of the network: the ``"current"`` ones, or those that a ``WeightAveraging`` of the
+            Trainer validates and saves.
+    """
+
+    ends: EpochEnds
+    weights: WhichWeights
+
+    def _measure(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        raise NotImplementedError
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.ends.begin()
+        if self.weights == "averaged":
+            refuse_no_average(trainer, self.state_key)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.ends.is_due(trainer):
+            self.ends.note(trainer)
+            with with_weights(trainer, pl_module, self.weights):
+                self._measure(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self.ends.missed(trainer):
+            return
+        if self.weights == "current" and holds_average(trainer, self):
+            rank_zero_warn(
+                f"{self.state_key}: what ended the run was not known at the end of the last epoch, and the callback "
+                "that averages weights has put the average into the module since: the last values are those of the "
+                "averaged weights. List that callback last to have those of the current ones."
+            )
+        with back_in_last_epoch(trainer, pl_module), with_weights(trainer, pl_module, self.weights):
+            self._measure(trainer, pl_module)

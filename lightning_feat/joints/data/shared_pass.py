@@ -20,6 +20,7 @@ from lightning_feat.joints.data.passes import clean_batches, clean_loader, run_f
 from lightning_feat.joints.data.trace import without_trace
 from lightning_feat.joints.data.ways import Ways
 from lightning_feat.joints.features.taps import FeatureTap
+from lightning_feat.joints.run.averaging import WhichWeights
 from lightning_feat.joints.run.twins import callbacks_of
 
 Again: TypeAlias = Callable[[], Iterator[Any]]
@@ -49,9 +50,11 @@ class Reader(Protocol):
 
     Attributes:
         ways: how the network is run, by the names of the data.
+        weights: on which weights it runs.
     """
 
     ways: Ways
+    weights: WhichWeights
 
     def wanted(self, trainer: Trainer) -> dict[str, Any]:
         """The loaders that it will read in the epoch that ends, by the names it has for them."""
@@ -76,10 +79,10 @@ def read_clean(trainer: Trainer, module: LightningModule, reader: Reader, name: 
     """
     waiting, now = _waiting.setdefault(trainer, {}), _Weights(module)
     epoch = trainer.current_epoch
-    for key in [key for key, (when, weights, _) in waiting.items() if when != epoch or weights != now]:
+    for key in [key for key, (when, _, _) in waiting.items() if when != epoch]:
         del waiting[key]
     key = id(reader), name
-    if key not in waiting:
+    if key not in waiting or waiting[key][1] != now:
         members = [(reader, name), *_others(trainer, reader, name, loader)]
         readings = [member.new_reading(trainer, module, its_name) for member, its_name in members]
         _run(trainer, module, loader, members, readings)
@@ -92,7 +95,7 @@ def _others(trainer: Trainer, reader: Reader, name: str, loader: Any) -> list[tu
     """Who else wants these data in this epoch, the network run in the same way."""
     found: list[tuple[Reader, str]] = []
     for other in callbacks_of(trainer):
-        if not isinstance(other, Reader) or other is reader:
+        if not isinstance(other, Reader) or other is reader or other.weights != reader.weights:
             continue
         for its_name, its_loader in other.wanted(trainer).items():
             if _one(its_loader) is not _one(loader):

@@ -4,14 +4,18 @@ Lightning pairs the tensors of such a copy with those of the module by their pos
 more on one side.
 """
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, TypeAlias
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_feat.joints.run.twins import callbacks_of
+
+WhichWeights: TypeAlias = Literal["current", "averaged"]
 
 
 def averages(callback: Callback) -> bool:
@@ -32,6 +36,59 @@ def averaged_copies(trainer: Trainer) -> list[tuple[Callback, nn.Module]]:
         if copy is not None:
             copies.append((callback, copy.module if isinstance(copy, AveragedModel) else copy))
     return copies
+
+
+def refuse_no_average(trainer: Trainer, owner: str) -> None:
+    """Raise a ``ValueError`` if no callback of the trainer keeps an average to look at; for ``on_fit_start``."""
+    callbacks = [callback for callback in callbacks_of(trainer) if averages(callback)]
+    if any(shows_average(callback) for callback in callbacks):
+        return
+    if callbacks:
+        raise ValueError(
+            f"{owner}: weights='averaged', but {type(callbacks[0]).__name__} has no average before its run ends, and "
+            "puts it into the module then: take weights='current', or EMAWeightAveraging."
+        )
+    raise ValueError(
+        f"{owner}: weights='averaged', but no callback averages weights: add EMAWeightAveraging or another "
+        "WeightAveraging to the Trainer, or take weights='current'."
+    )
+
+
+@contextmanager
+def with_weights(trainer: Trainer, module: nn.Module, which: WhichWeights) -> Iterator[None]:
+    """Inside, the module has its ``current`` parameters and buffers, or those that are ``averaged``: what
+    ``WeightAveraging`` validates and saves. Afterwards they are bit for bit what they were.
+    """
+    if which == "current":
+        yield
+        return
+    copied = next(copied for callback, copied in averaged_copies(trainer) if shows_average(callback))
+    now, average = _tensors(module), _tensors(copied)
+    if {name: t.shape for name, t in now.items()} != {name: t.shape for name, t in average.items()}:
+        raise RuntimeError("the averaged copy of the module has other parameters or buffers than the module itself.")
+    before = {name: tensor.detach().clone() for name, tensor in now.items()}
+    try:
+        _write(now, average)
+        yield
+    finally:
+        _write(now, before)
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    # With all names of a shared one, as a copy need not share what the module shares.
+    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    return {name.replace("_orig_mod.", ""): tensor for name, tensor in named}
+
+
+def _write(tensors: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        tensor.data.copy_(values[name].data)
+
+
+def holds_average(trainer: Trainer, callback: Callback) -> bool:
+    """In ``on_train_end``: whether a callback before this one has put its average into the module already."""
+    callbacks = callbacks_of(trainer)
+    return any(averages(other) for other in callbacks[: callbacks.index(callback)])
 
 
 def refuse_averaging_before(trainer: Trainer, callback: Callback) -> None:
