@@ -54,6 +54,16 @@ def test_every_public_constructor_is_checked(cls):
         assert getattr(cls.__init__, "_checks_arguments", False), f"decorate {cls.__name__}.__init__ with checked"
 
 
+@pytest.mark.parametrize("cls", [c for c in CLASSES if issubclass(c, Baseline)], ids=lambda cls: cls.__name__)
+def test_an_argument_of_a_baseline_that_means_nothing_is_named(cls):
+    parameters = dict(list(inspect.signature(cls.__init__).parameters.items())[1:])
+    fits = {"words": ["zero"], "model_name": "resnet18"}
+    required = {n: fits.get(n, 2) for n, parameter in parameters.items() if parameter.default is parameter.empty}
+    for name in parameters:
+        with pytest.raises(ValueError, match=f"{cls.__name__}: {name}="):
+            cls(**{**required, name: object()})
+
+
 class Shape(Protocol):
     def area(self) -> float: ...
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lightning_feat.arguments import checked
+
 
 class Block(nn.Module):
     """Attention and a perceptron, each on the normalised input and added to it: ``(N, L, W)`` to ``(N, L, W)``.
@@ -117,6 +119,7 @@ class SmallClip(nn.Module):
 
     attn_mask: Tensor
 
+    @checked
     def __init__(
         self,
         vocab_size: int,

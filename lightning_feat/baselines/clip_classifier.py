@@ -14,6 +14,7 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 
+from lightning_feat.arguments import checked_values
 from lightning_feat.baselines.baseline import default_optimizer
 from lightning_feat.baselines.classifier import describe
 from lightning_feat.baselines.clip_sources import Source
@@ -82,6 +83,7 @@ class ClipClassifier(NamedClasses):
         warmup_lr: float | None = None,
         grad_checkpointing: bool = False,
     ) -> None:
+        checked_values(ClipClassifier.__init__, locals(), type(self).__name__)
         if min(value or 0 for value in (lr, momentum, weight_decay, warmup_epochs, warmup_lr)) < 0:
             raise ValueError(
                 f"{lr=}, {momentum=}, {weight_decay=}, {warmup_epochs=} and {warmup_lr=}: none can be negative."

@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
+from lightning_feat.arguments import checked_values
 from lightning_feat.baselines.baseline import Baseline, default_optimizer
 from lightning_feat.baselines.classifier import describe
 from lightning_feat.baselines.clip import SmallClip
@@ -76,6 +77,7 @@ class SmallClipPretraining(Baseline):
         weight_decay: float | None = None,
         warmup_steps: int | None = None,
     ) -> None:
+        checked_values(SmallClipPretraining.__init__, locals(), type(self).__name__)
         super().__init__()
         if min(lr or 0, weight_decay or 0, warmup_steps or 0) < 0:
             raise ValueError(f"{lr=}, {weight_decay=} and {warmup_steps=}: none can be negative.")
