@@ -3,6 +3,7 @@
 from typing import Any
 
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import Checkpoint, LearningRateFinder
 
 from lightning_feat.callbacks.feature_shift.prompts import PromptLearner
 from lightning_feat.callbacks.grassmann.head import GrassmannHead
@@ -72,6 +73,24 @@ def compiled_before_hooks(run: Run) -> list[Finding]:
                     )
                 )
     return findings
+
+
+def search_when_resumed(run: Run) -> list[Finding]:
+    """A finding where Lightning would not resume a checkpoint of this run, but begin it anew (seen in 2.6)."""
+    search = next((callback for callback in run.callbacks if isinstance(callback, LearningRateFinder)), None)
+    if search is None or not any(isinstance(callback, Checkpoint) for callback in run.callbacks):
+        return []
+    return [
+        Finding(
+            "warning",
+            "search-when-resumed",
+            type(search).__name__,
+            "it searches again whenever the run is resumed from a checkpoint.",
+            "Its search makes Lightning forget the place in the run: weights are those of the checkpoint, but epoch, "
+            "step, optimizer and what callbacks keep begin anew, and nothing says so.",
+            f"Leave {type(search).__name__} out of a run that resumes.",
+        )
+    ]
 
 
 def _has_run(function: Any) -> bool:

@@ -112,6 +112,11 @@ def reaches_weights(value: Tensor) -> bool:
     return False
 
 
+def terms_in(owner: Any) -> list[LossTerm]:
+    """The loss terms that a callback keeps."""
+    return [value for value in vars(owner).values() if isinstance(value, LossTerm)]
+
+
 def taps_in(owner: Any) -> list[FeatureTap]:
     """The taps that a callback keeps, as far as they can be seen."""
     found: list[FeatureTap] = []

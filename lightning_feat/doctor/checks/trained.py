@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import BaseFinetuning
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler, SequentialSampler
 
 from lightning_feat.callbacks.data_plan import DataPlan
@@ -13,15 +12,16 @@ from lightning_feat.callbacks.neural_collapse.monitor import NeuralCollapseMonit
 from lightning_feat.callbacks.simplicity_bias.upsampler import SimplicityBiasUpsampler
 from lightning_feat.doctor.blame import name_of
 from lightning_feat.doctor.checks.awaited import find_awaited
+from lightning_feat.doctor.checks.gradients import find_silent_terms
 from lightning_feat.doctor.checks.labels import differ, num_mixed
 from lightning_feat.doctor.checks.noise import find_noise
 from lightning_feat.doctor.checks.schedules import check_schedules
+from lightning_feat.doctor.checks.terms import terms_in
 from lightning_feat.doctor.finding import Finding
 from lightning_feat.doctor.trial import Run, Trial
 from lightning_feat.doctor.watch import Watch
 from lightning_feat.joints.features.batches import TargetKey, targets_of
 from lightning_feat.joints.features.heads import find_classifier
-from lightning_feat.joints.loss.terms import LossTerm
 
 
 def check_trial(run: Run, trial: Trial, watch: Watch) -> list[Finding]:
@@ -30,7 +30,7 @@ def check_trial(run: Run, trial: Trial, watch: Watch) -> list[Finding]:
         _sharding,
         _optimizers,
         _subspaces,
-        _terms,
+        find_silent_terms,
         _losses,
         _labels,
         _samplers,
@@ -123,69 +123,6 @@ def _sharding(run: Run, trial: Trial, watch: Watch) -> list[Finding]:
     ]
 
 
-def _terms(run: Run, trial: Trial, watch: Watch) -> list[Finding]:
-    findings = []
-    for position, callback in trial.callbacks.items():
-        mine = _terms_of(callback)
-        heard = [h for h in watch.terms if any(h.term is term for term in mine) and h.batches]
-        where = name_of(run.callbacks[position])
-        bad = [h.term.key for h in heard if h.nonfinite]
-        if bad:
-            findings.append(
-                Finding(
-                    "error",
-                    "nonfinite-term",
-                    where,
-                    f"the loss term {', '.join(bad)} is NaN or inf.",
-                    "One such batch makes all weights NaN.",
-                    "Lower its weight, or look at its features: are they zero, or in half precision?",
-                )
-            )
-        elif heard and not any(h.reads and h.reaches for h in heard) and _unfreezes(run):
-            findings.append(
-                Finding(
-                    "note",
-                    "frozen-for-now",
-                    where,
-                    f"the layer of the loss term {heard[0].term.key} is frozen at the start; {_unfreezes(run)} lets it "
-                    "go later.",
-                    "Until then the term trains nothing, and after that was not looked at.",
-                )
-            )
-        elif heard and not any(h.reads and h.reaches for h in heard):
-            findings.append(
-                Finding(
-                    "error",
-                    "zero-gradient",
-                    where,
-                    f"no gradient comes from the loss term {heard[0].term.key} to the network.",
-                    "It is logged, and trains nothing.",
-                    "Look for detach, argmax or rounding in the loss; and is the layer frozen?",
-                )
-            )
-        elif heard and watch.largest_rate and max(h.largest for h in heard if h.reads) == 0.0:
-            findings.append(
-                Finding(
-                    "warning",
-                    "zero-gradient",
-                    where,
-                    f"the gradient of the loss term {heard[0].term.key} was zero in {heard[0].batches} batches.",
-                    "So far it trains nothing.",
-                    "Is there a margin that all features keep, or a function that is flat where they are?",
-                )
-            )
-    return findings
-
-
-def _unfreezes(run: Run) -> str:
-    """The callback that lets frozen layers go while the run goes on; nothing where there is none."""
-    return next((type(callback).__name__ for callback in run.callbacks if isinstance(callback, BaseFinetuning)), "")
-
-
-def _terms_of(callback: Callback) -> list[LossTerm]:
-    return [value for value in vars(callback).values() if isinstance(value, LossTerm)]
-
-
 def _losses(run: Run, trial: Trial, watch: Watch) -> list[Finding]:
     bad = [i for i, loss in enumerate(watch.losses) if not -float("inf") < loss < float("inf")]
     if not bad or any(h.nonfinite for h in watch.terms):
@@ -212,7 +149,7 @@ def reads_labels(callback: Callback) -> tuple[bool, TargetKey]:
         return callback.mode == "online", callback.target_key
     if isinstance(callback, SimplicityBiasUpsampler):
         return callback.separating_epoch == "knee" or callback.show == "weights", callback.target_key
-    for term in _terms_of(callback):
+    for term in terms_in(callback):
         if hasattr(term, "target_key") and getattr(term, "takes_targets", True):
             return True, term.target_key
     return False, None

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import BackboneFinetuning, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import BackboneFinetuning, EarlyStopping, LearningRateFinder, ModelCheckpoint
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -71,6 +71,34 @@ def test_a_term_on_a_backbone_that_is_let_go_later_is_no_error(examine):
     frozen = Backboned()
     frozen.backbone.requires_grad_(False)
     assert examine(term(), module=frozen) == [("error", "zero-gradient")]
+
+
+class LetsGo(Backboned):
+    """Frozen at first; what its own hook does in the second epoch is not known beforehand."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone.requires_grad_(False)
+
+    def on_train_epoch_start(self):
+        self.backbone.requires_grad_(self.current_epoch > 0)
+
+
+def test_a_module_that_may_let_its_own_layers_go_gets_a_warning(examine):
+    term = FeatureRegularizer(lambda h: h.square().mean(), name="l2")
+    assert examine(term, module=LetsGo()) == [("warning", "zero-gradient")]
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "checkpoints", "expected"),
+    [
+        ([LearningRateFinder()], True, [("warning", "search-when-resumed")]),
+        ([LearningRateFinder()], False, []),
+        ([], True, []),
+    ],
+)
+def test_a_search_that_would_begin_a_resumed_run_anew(examine, callbacks, checkpoints, expected):
+    assert examine(LinearProbe(penalties=[0.1]), *callbacks, enable_checkpointing=checkpoints) == expected
 
 
 class Dropped(Plain):
