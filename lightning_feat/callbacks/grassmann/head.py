@@ -56,9 +56,10 @@ class GrassmannHead(Callback):
         update: how the optimizer's step becomes one of the subspaces; this and the next three: see
             ``optim.follow_subspaces``.
         lr_factor: multiplies the step of the subspaces alone.
-        lr: peak learning rate of the ``momentum`` rule.
-        momentum: of the ``momentum`` and ``adam`` rules.
-        second_momentum: of the ``adam`` rule.
+        lr: peak learning rate of the ``momentum`` and ``adam`` rules; None for 0.1. Given to a rule that
+            has none it is an error, and so for the next two.
+        momentum: of the ``momentum`` and ``adam`` rules; None for 0.9.
+        second_momentum: of the ``adam`` rule; None for 0.999.
         fresh_head: let a checkpoint with a linear classifier load: the rest comes from it, the subspaces stay as they
             were drawn, and the optimizer starts anew. Else such a checkpoint is an error.
     """
@@ -72,9 +73,9 @@ class GrassmannHead(Callback):
         learn_scale: bool = False,
         update: Update = "auto",
         lr_factor: float = 1.0,
-        lr: float = 0.1,
-        momentum: float = 0.9,
-        second_momentum: float = 0.999,
+        lr: float | None = None,
+        momentum: float | None = None,
+        second_momentum: float | None = None,
         fresh_head: bool = False,
     ) -> None:
         if subspace_dim < 1:

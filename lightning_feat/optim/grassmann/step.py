@@ -30,10 +30,12 @@ from lightning_feat.layers.grassmann import GrassmannLinear, local_part
 from lightning_feat.optim.grassmann.around import Gradients, Held, WithoutDecay
 from lightning_feat.optim.grassmann.rules import move_by_adam, move_by_momentum
 
+Rule: TypeAlias = Literal["displacement", "momentum", "adam"]
 Update: TypeAlias = Literal["auto", "displacement", "momentum", "adam"]
 
 _BUFFER, _SQUARES, _STEPS, _COUNT = "subspace_momentum", "subspace_squares", "subspace_steps", "subspace_count"
 _PEAK = "subspace_peak"
+_OPTIONS = {"displacement": (), "momentum": ("lr", "momentum"), "adam": ("lr", "momentum", "second_momentum")}
 _STEPS_OF = "_feat_subspace_steps"  # on an optimizer: who follows it; not pickled or copied with it, like its hooks
 _REPAIR_EVERY = 8  # steps; between repairs rounding leaves float32 bases orthonormal to 2e-6
 # Their state holds weights, not gradients, or they evaluate the loss inside the step, at points that are off the
@@ -53,7 +55,7 @@ class SubspaceStep:
         self,
         optimizer: Optimizer,
         heads: Sequence[GrassmannLinear],
-        update: Update,
+        update: Rule,
         lr_factor: float,
         lr: float,
         momentum: float,
@@ -62,7 +64,7 @@ class SubspaceStep:
         self.optimizer = optimizer
         self.lr_factor, self.lr = lr_factor, lr
         self.momentum, self.second_momentum = momentum, second_momentum
-        self.update = _choose(update, optimizer)
+        self.update = update
         self.steps = 0
         self._heads = list(heads)  # and not their parameters: a move or a sharding may replace these
         self._start: dict[nn.Parameter, Tensor] = {}
@@ -200,9 +202,9 @@ def follow_subspaces(
     module: nn.Module,
     update: Update = "auto",
     lr_factor: float = 1.0,
-    lr: float = 0.1,
-    momentum: float = 0.9,
-    second_momentum: float = 0.999,
+    lr: float | None = None,
+    momentum: float | None = None,
+    second_momentum: float | None = None,
 ) -> SubspaceStep:
     """Make ``optimizer`` leave the class subspaces of every ``GrassmannLinear`` in ``module`` on their manifold.
 
@@ -214,17 +216,18 @@ def follow_subspaces(
         update: ``"displacement"`` follows the optimizer's own step, ``"momentum"`` an SGD with momentum beside it
             (see the top of this file); ``"auto"`` is the first for SGD and the second for any other optimizer.
         lr_factor: multiplies the step of the subspaces, by either rule.
-        lr: peak learning rate of the ``momentum`` and ``adam`` rules, 0.1 in the paper (0.3 beside LAMB). It follows
-            the shape of the group's schedule, whose highest rate is the largest of ``max_lr`` and ``initial_lr``, which
-            schedulers set, and of the rates so far. Under a schedule whose factor never comes near 1, such as Noam's,
-            it stays as far below; under one that rises without saying how far (``CyclicLR``) it is ``lr`` until the
-            first turn.
-        momentum: of the ``momentum`` and ``adam`` rules.
-        second_momentum: of the ``adam`` rule, for the squared length of the gradient of each class.
+        lr: peak learning rate of the ``momentum`` and ``adam`` rules; None for 0.1, as in the paper (0.3 beside LAMB).
+            It follows the shape of the group's schedule, whose highest rate is the largest of ``max_lr`` and
+            ``initial_lr``, which schedulers set, and of the rates so far. Under a schedule whose factor never comes
+            near 1, such as Noam's, it stays as far below; under one that rises without saying how far (``CyclicLR``)
+            it is ``lr`` until the first turn.
+        momentum: of the ``momentum`` and ``adam`` rules; None for 0.9.
+        second_momentum: of the ``adam`` rule, for the squared length of the gradient of each class; None for 0.999.
 
     Raises:
         ValueError: if the optimizer is known to be one that cannot be followed, is followed already, or a number is
-            out of range. Hooks are not copied with an optimizer: call this again for a copy.
+            out of range or belongs to another rule than the one that is followed. Hooks are not copied with an
+            optimizer: call this again for a copy.
     """
     optimizer = local_optimizer(optimizer)
     for cls in type(optimizer).__mro__:
@@ -236,6 +239,18 @@ def follow_subspaces(
             )
     if update not in get_args(Update):
         raise ValueError(f"update={update!r}: choose one of {', '.join(get_args(Update))}.")
+    rule = _choose(update, optimizer)
+    given = {"lr": lr, "momentum": momentum, "second_momentum": second_momentum}
+    unused = [name for name, value in given.items() if value is not None and name not in _OPTIONS[rule]]
+    if unused:
+        why = f"with {type(optimizer).__name__} and update={update!r} " if update == "auto" else ""
+        raise ValueError(
+            f"{', '.join(f'{name}={given[name]}' for name in unused)}: no effect, as {why}the subspaces follow the "
+            f"{rule} rule. Leave it out (lr_factor scales the step by any rule), or choose another update."
+        )
+    lr, momentum, second_momentum = (
+        default if value is None else value for value, default in zip(given.values(), (0.1, 0.9, 0.999), strict=True)
+    )
     if lr_factor < 0 or lr < 0:
         raise ValueError(f"need lr_factor >= 0 and lr >= 0, got {lr_factor} and {lr}.")
     if not 0 <= momentum < 1 or not 0 <= second_momentum < 1:
@@ -246,7 +261,7 @@ def follow_subspaces(
             f"the class subspaces already follow this {type(optimizer).__name__}: call follow_subspaces once for each "
             "optimizer."
         )
-    return SubspaceStep(optimizer, heads, update, lr_factor, lr, momentum, second_momentum)
+    return SubspaceStep(optimizer, heads, rule, lr_factor, lr, momentum, second_momentum)
 
 
 def local_optimizer(optimizer: Optimizer) -> Optimizer:
@@ -263,7 +278,7 @@ def following(optimizer: Optimizer, head: GrassmannLinear) -> SubspaceStep | Non
     return next((step for step in followers if step.holds(head.basis)), None)
 
 
-def _choose(update: Update, optimizer: Optimizer) -> Literal["displacement", "momentum", "adam"]:
+def _choose(update: Update, optimizer: Optimizer) -> Rule:
     if update != "auto":
         return update
     return "displacement" if isinstance(optimizer, torch.optim.SGD) else "momentum"

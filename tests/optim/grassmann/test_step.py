@@ -114,6 +114,20 @@ def test_auto_is_displacement_for_sgd_and_momentum_for_the_rest():
     assert follow_subspaces(torch.optim.AdamW(model.parameters()), model).update == "momentum"
 
 
+@pytest.mark.parametrize(
+    ("kind", "options", "said"),
+    [
+        (torch.optim.SGD, {"lr": 0.3}, "lr=0.3: no effect, as with SGD and update='auto' the subspaces follow"),
+        (torch.optim.AdamW, {"update": "displacement", "momentum": 0.9}, "momentum=0.9: no effect, as the subspaces"),
+        (torch.optim.AdamW, {"second_momentum": 0.9}, "second_momentum=0.9: no effect, as with AdamW"),
+    ],
+)
+def test_an_option_of_another_rule_is_refused(kind, options, said):
+    model = Model()
+    with pytest.raises(ValueError, match=said):
+        follow_subspaces(kind(model.parameters(), lr=0.1), model, **options)
+
+
 def test_the_momentum_rule_beside_adamw_is_sgd_with_momentum_on_the_subspaces():
     torch.manual_seed(3)
     gradients = torch.randn(5, 5, 3, 12, dtype=torch.float64)
@@ -126,7 +140,8 @@ def test_the_momentum_rule_beside_adamw_is_sgd_with_momentum_on_the_subspaces():
             if adaptive
             else torch.optim.SGD(head.parameters(), lr=0.2, momentum=0.8)
         )
-        follow_subspaces(optimizer, head, lr=0.1, lr_factor=2.0 if adaptive else 1.0, momentum=0.8)
+        options = {"lr": 0.1, "lr_factor": 2.0, "momentum": 0.8} if adaptive else {}
+        follow_subspaces(optimizer, head, **options)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 10)  # the shape is followed
         for gradient in gradients:
             head.basis.grad = gradient.clone()
