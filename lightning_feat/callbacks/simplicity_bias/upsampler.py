@@ -30,6 +30,7 @@ from lightning_feat.joints.data.restart import (
     run_fit_as_before,
     run_fit_by,
     states_of_callbacks,
+    warn_of_lost_hooks,
 )
 from lightning_feat.joints.data.samplers import processes_share
 from lightning_feat.joints.data.train_loader import one_train_loader
@@ -135,6 +136,7 @@ class SimplicityBiasUpsampler(DataPlan):
         self._stage: Literal["searching", "found", "using"] = "searching"
         self.knee = LossKnee(self.look.logits, criterion, target_key)
         self._beginning: Beginning | None = None
+        self._step_hooks: list[list[str]] = []  # of the first start
         self._first_weights: dict[str, Tensor] | None = None  # where a checkpoint brings them
         self._first_states: dict[str, Any] | None = None
         self._until, self._folder = 0, ""
@@ -233,6 +235,9 @@ class SimplicityBiasUpsampler(DataPlan):
         if batch_idx == 0 and self._stage == "searching":  # what is wrong with the targets is said now
             targets = targets_of(batch, self.target_key)
             class_indices(targets, targets.numel(), "the targets")
+        if self._step_hooks:
+            warn_of_lost_hooks(trainer, self._step_hooks)
+            self._step_hooks = []
         if self._seeks_knee:
             self.knee.listen()
 
@@ -301,7 +306,7 @@ class SimplicityBiasUpsampler(DataPlan):
                 trainer.fit_loop.min_epochs, trainer.fit_loop.epoch_loop.min_steps = limits
             if self._stage == "found" and self._beginning is not None:
                 self._use()
-                begin_again(trainer, module, self._beginning, self.seed)
+                self._step_hooks = begin_again(trainer, module, self._beginning, self.seed)
                 self._beginning = self._resume = None
                 loop()
             elif self._stage == "searching":

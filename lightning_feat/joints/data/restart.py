@@ -65,11 +65,14 @@ class Beginning:
         self.owners = [(owner, copy.deepcopy(owner.state_dict())) for owner in [*trainer.optimizers, *schedules]]
 
 
-def begin_again(trainer: Trainer, module: LightningModule, beginning: Beginning, seed: int) -> None:
+def begin_again(trainer: Trainer, module: LightningModule, beginning: Beginning, seed: int) -> list[list[str]]:
     """Set everything back to ``beginning``, seed all random numbers, and configure the optimizers anew.
 
     Call it on all processes alike, between two runs of the fit loop, when the training data are those of the second:
     a schedule may be made for their number.
+
+    Returns:
+        The step hooks of each optimizer, by name, for ``warn_of_lost_hooks``.
 
     Raises:
         RuntimeError: if the module or its optimizers have other parameters than at the beginning.
@@ -93,10 +96,10 @@ def begin_again(trainer: Trainer, module: LightningModule, beginning: Beginning,
     make_train_loader_anew(trainer)
     trainer.fit_loop._last_train_dl_reload_epoch = float("-inf")
     seed_everything(seed, verbose=False)
-    before = [_step_hooks(optimizer) for optimizer in trainer.optimizers]
+    before = _step_hooks(trainer)
     trainer.strategy.setup_optimizers(trainer)
     _optimizers_to_device(trainer.optimizers, trainer.strategy.root_device)
-    _warn_of_lost_hooks(before, [_step_hooks(optimizer) for optimizer in trainer.optimizers])
+    return before
 
 
 def run_fit_by(trainer: Trainer, owner: Callback, run: Callable[[Callable[[], None]], None]) -> None:
@@ -140,20 +143,16 @@ def refuse_averaging_within(trainer: Trainer, epochs: int, owner: str) -> None:
                 )
 
 
-def _step_hooks(optimizer: Any) -> list[Any]:
-    """What was registered to run before and after the steps of an optimizer."""
-    kinds = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
-    return [hook for kind in kinds for hook in getattr(optimizer, kind, {}).values()]
-
-
-def _warn_of_lost_hooks(before: list[list[Any]], after: list[list[Any]]) -> None:
-    """``configure_optimizers`` registers its hooks again; those that ``on_fit_start`` added are gone with the old
-    optimizers.
+def warn_of_lost_hooks(trainer: Trainer, before: list[list[str]]) -> None:
+    """Name the step hooks that the optimizers of the first start had, and those of the second have not; for its first
+    batch. ``configure_optimizers`` and ``on_train_start`` have registered theirs again; what ``on_fit_start`` added is
+    gone with the old optimizers.
     """
+    after = _step_hooks(trainer)
     lost: list[str] = []
     for index, old in enumerate(before):
-        names = [_name(hook) for hook in (after[index] if index < len(after) else [])]
-        for name in map(_name, old):
+        names = list(after[index]) if index < len(after) else []
+        for name in old:
             if name in names:
                 names.remove(name)
             else:
@@ -163,6 +162,15 @@ def _warn_of_lost_hooks(before: list[list[Any]], after: list[list[Any]]) -> None
             f"the optimizers are made anew for the second start, without step hooks that were registered outside of "
             f"configure_optimizers: {', '.join(lost)}. Register them there, or in on_train_start, which comes again."
         )
+
+
+def _step_hooks(trainer: Trainer) -> list[list[str]]:
+    """What was registered to run before and after the steps of each optimizer."""
+    kinds = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+    return [
+        [_name(hook) for kind in kinds for hook in getattr(optimizer, kind, {}).values()]
+        for optimizer in trainer.optimizers
+    ]
 
 
 def _name(hook: Any) -> str:

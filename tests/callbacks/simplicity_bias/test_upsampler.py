@@ -1,4 +1,5 @@
 import math
+import warnings
 
 import lightning.pytorch as pl
 import pytest
@@ -78,6 +79,37 @@ def test_the_second_start_is_bit_for_bit_the_run_by_hand(tmp_path, kind):
     assert equal(weights(module), weights(by_hand))
     assert run.global_step == other.global_step
     assert run.current_epoch == other.current_epoch == EPOCHS
+
+
+class Hooked(pl.Callback):
+    """Registers a step hook in the hook of this name."""
+
+    def __init__(self, where):
+        def count(*_):
+            self.steps += 1
+
+        def register(trainer, *_):
+            trainer.optimizers[0].register_step_post_hook(count)
+
+        self.steps = 0
+        setattr(self, where, register)
+
+
+@pytest.mark.parametrize("where", ["on_fit_start", "on_train_start"])
+def test_a_step_hook_that_the_second_start_loses_is_named(tmp_path, where):
+    hooked = Hooked(where)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(tmp_path, Plain(), SimplicityBiasUpsampler(separating_epoch=2), hooked)
+    lost = [str(w.message) for w in caught if "without step hooks" in str(w.message)]
+    per_epoch = math.ceil(SIZE / 4)
+    if where == "on_fit_start":
+        assert len(lost) == 1
+        assert "count. Register them there, or in on_train_start" in lost[0]
+        assert hooked.steps == 2 * per_epoch
+    else:
+        assert not lost
+        assert hooked.steps > 2 * per_epoch
 
 
 def test_going_on_is_a_plan_that_changes_at_the_separating_epoch(tmp_path):
