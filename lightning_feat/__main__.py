@@ -1,5 +1,6 @@
 """The command line: ``lightning-feat fit --config FILE``, which is LightningCLI with recipes that can be found by
-name, and ``lightning-feat doctor --config FILE``, which tries the same run for a moment and says what is wrong.
+name, ``lightning-feat doctor --config FILE``, which tries the same run for a moment and says what is wrong, and
+``lightning-feat compare``, which runs it in several arms and says how they differ.
 """
 
 import difflib
@@ -13,6 +14,7 @@ SUBCOMMANDS = {
     "test": "one pass over the test data",
     "predict": "one pass over the data to predict for",
     "doctor": "try the same run as fit for a moment, and say what is wrong with it",
+    "compare": "fit in several arms with the same seeds, and say how much they differ",
 }
 _HELP = """usage: lightning-feat SUBCOMMAND --config FILE [options]
 
@@ -94,13 +96,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     try:
         import jsonargparse  # noqa: F401  # what LightningCLI needs, and Lightning alone does not bring
-        from lightning.pytorch.cli import LightningCLI
     except ImportError:
         sys.exit('the command line needs jsonargparse: pip install "lightning-feat[recipes]"')
     if given[0] == "doctor":
         from lightning_feat.doctor.command import run_doctor
 
         sys.exit(run_doctor(given[1:]))
+    if given[0] == "compare":
+        from lightning_feat.compare.command import run_compare
+
+        sys.exit(run_compare(given[1:]))
+    from lightning.pytorch.cli import LightningCLI
+
     if arguments is not None:
         LightningCLI(args=list(given))
     else:  # LightningCLI warns of arguments given twice

@@ -39,12 +39,18 @@ def test_help_lists_every_subcommand_and_imports_neither_lightning_nor_torch():
     assert all(f"\n  {name} " in done.stdout for name in SUBCOMMANDS)
 
 
-def test_the_subcommands_are_those_of_lightning_and_the_doctor():
-    assert SUBCOMMANDS.keys() == {*LightningCLI.subcommands(), "doctor"}
+def test_the_subcommands_are_those_of_lightning_and_our_own():
+    assert SUBCOMMANDS.keys() == {*LightningCLI.subcommands(), "doctor", "compare"}
 
 
 @pytest.mark.parametrize(
-    ("wrong", "answer"), [("fti", "did you mean 'fit'"), ("docter", "did you mean 'doctor'"), ("xyz", "they are fit, ")]
+    ("wrong", "answer"),
+    [
+        ("fti", "did you mean 'fit'"),
+        ("docter", "did you mean 'doctor'"),
+        ("compair", "did you mean 'compare'"),
+        ("xyz", "they are fit, "),
+    ],
 )
 def test_a_misspelt_subcommand_is_answered_with_the_nearest(wrong, answer):
     with pytest.raises(SystemExit, match=f"no subcommand '{wrong}': {answer}"):
@@ -122,3 +128,12 @@ def test_the_doctor_gets_the_arguments_of_fit(monkeypatch):
         main(["doctor", "--config", "quickstart", "--no-cost"])
     assert end.value.code == 1
     assert seen == [["--config", str(recipe_folder() / "quickstart.yaml"), "--no-cost"]]
+
+
+def test_compare_gets_its_arguments_and_the_path_of_a_recipe(monkeypatch):
+    seen = []
+    monkeypatch.setattr("lightning_feat.compare.command.run_compare", lambda given: seen.append(given) or 2)
+    with pytest.raises(SystemExit) as end:
+        main(["compare", "--config", "quickstart", "--arm", "a=b.yaml"])
+    assert end.value.code == 2
+    assert seen == [["--config", str(recipe_folder() / "quickstart.yaml"), "--arm", "a=b.yaml"]]
