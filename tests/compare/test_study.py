@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 
 from lightning_feat.compare import StudyError, compare
 from tests.compare import cases
@@ -76,6 +77,18 @@ def test_an_arm_that_cannot_be_built_stops_the_study_at_once(tmp_path):
     assert len(times(tmp_path)) == 2
     with pytest.raises(StudyError, match=r"the function gave NoneType: give \(trainer, module, data\)"):
         inline(tmp_path / "b", {"base": cases.gives_nothing, "faster": cases.faster})
+
+
+@pytest.mark.parametrize("options", [{"devices": 2}, {"devices": 1, "strategy": "ddp_spawn"}])
+def test_a_run_of_several_processes_is_refused(options, tmp_path):
+    """The first kind starts the command again for each device, of the second nothing comes back."""
+
+    def several():
+        trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, **options)
+        return trainer, *cases.base()[1:]
+
+    with pytest.raises(StudyError, match=r"would start processes of its own: give trainer.devices=1"):
+        inline(tmp_path, {"base": several, "other": several}, metrics="val/loss")
 
 
 def test_a_metric_that_is_not_logged_stops_the_study_after_the_first_run(tmp_path):

@@ -130,10 +130,11 @@ def _with_data(call: Any, built: Built, **options: Any) -> None:
 
 def _refuse_several_processes(trainer: Any) -> None:
     launcher = getattr(trainer.strategy, "launcher", None)
-    if trainer.num_devices * trainer.num_nodes > 1 and type(launcher).__name__ == "_SubprocessScriptLauncher":
+    total = trainer.num_devices * trainer.num_nodes
+    if total > 1 or type(launcher).__name__ == "_MultiProcessingLauncher":
         raise ValueError(
-            f"devices={trainer.num_devices} with {type(trainer.strategy).__name__} starts this command again for each "
-            "device: give trainer.devices=1, and compare runs several at once; or strategy ddp_spawn."
+            f"a run with {total} devices and {type(trainer.strategy).__name__} would start processes of its own: give "
+            "trainer.devices=1 and trainer.strategy=auto; compare runs several at once, each on a device of its own."
         )
 
 
