@@ -28,6 +28,8 @@ def run_compare(arguments: Sequence[str]) -> int:
     own, rest = parser.parse_known_args(list(arguments))
     try:
         bounds = {name: _bounds(value) for name, value in map(_named, own.bounds)}
+        if own.report and (rest or own.config or own.arm):
+            raise ValueError(f"--report takes finished runs: leave out {' '.join(rest) or '--config and --arm'}.")
         if own.report:
             made = report(
                 *own.report, metrics=own.metric, base=own.base, level=own.level, bounds=bounds, out=own.folder

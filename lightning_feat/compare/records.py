@@ -89,7 +89,11 @@ def complete_or_absent(final: Path) -> Iterator[Path]:
 def clear_partial(folder: Path) -> None:
     """Remove what killed runs left. For who holds the study's lock, when none of its runs goes on."""
     for path in (folder / "runs").glob("*/.seed_*"):
-        shutil.rmtree(path, ignore_errors=True)
+        # Moved first: a process that has not noticed yet that it is alone can then neither write into it nor move it.
+        aside = path.with_name(f".seed_gone-{uuid.uuid4().hex[:8]}")
+        with contextlib.suppress(FileNotFoundError):
+            path.rename(aside)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -134,6 +138,8 @@ def read_run(folder: Path) -> Record | None:
     if not (folder / "status.json").is_file():
         return None
     status = read_json(folder / "status.json")
+    if status["status"] == "finished" and not (folder / "metrics.csv").is_file():
+        raise ValueError(f"{folder} says that its run is finished, but has no metrics.csv: remove it to do it again.")
     curves: dict[str, Curve] = {}
     if (folder / "metrics.csv").is_file():
         with (folder / "metrics.csv").open(newline="") as file:

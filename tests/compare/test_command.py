@@ -109,6 +109,7 @@ def test_from_yaml_to_the_answer(files, capsys):
         (["--config", "base.yaml", "--arm", "a=head.yaml", "--bounds", "x=1"], "--bounds 1: give LOW,HIGH"),
         (["--config", "base.yaml", "--arm", "a=wrong.yaml", "--executor", "inline"], "arm 'a' cannot be built: "),
         (["--config", "base.yaml", "--arm", "a=rate.yaml", "--executor", "inline", "--metric", "acc"], "no run logged"),
+        (["--report", "out", "--metrc", "val/loss"], "--report takes finished runs: leave out --metrc val/loss"),
         (["--report", "nowhere"], "there is no folder nowhere"),
     ],
 )
