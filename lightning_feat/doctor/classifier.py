@@ -25,7 +25,7 @@ class ClassifierEar:
             self.head = find_classifier(module)
         except ValueError as error:
             self.question = str(error)
-        self.follower = LastLayers(module, None if self.head is None else self.head[0])
+        self.follower = LastLayers(module, () if self.head is None else (self.head[0],))
 
     def hear(self, layer: nn.Module, args: Any) -> None:
         """A forward pre-hook of the classifier."""

@@ -67,7 +67,7 @@ def _last(holder: Holder, model: Model, name: str) -> frozenset[str]:
     if inputs is None:
         return frozenset()
     try:
-        with torch.no_grad(), LastLayers(holder, name).following() as follower:
+        with torch.no_grad(), LastLayers(holder, (name,)).following() as follower:
             out = holder.net(inputs)
             if isinstance(out, dict):
                 out = out["out"]  # torchvision's segmenters have an auxiliary output beside

@@ -19,6 +19,7 @@ from lightning_feat.joints.features.batches import TargetKey
 from lightning_feat.joints.features.nonfinite import NonfiniteWatch
 from lightning_feat.joints.features.silence import SilenceWatch
 from lightning_feat.joints.features.taps import Pooling, Read, TapError
+from lightning_feat.joints.module.head_check import check_found, forget_check
 from lightning_feat.joints.reference import (
     Compared,
     Comparison,
@@ -174,6 +175,7 @@ class FeatureShiftMonitor(Callback):
         if self.comparison is None:
             return
         frozen = self._frozen
+        check_found(pl_module, self.state_key, self.comparison.all_taps, only_reads=True)
         for tap in self.comparison.all_taps:
             if frozen is None or tap is not frozen.calls:
                 tap.attach(pl_module)
@@ -250,10 +252,10 @@ class FeatureShiftMonitor(Callback):
             self._show(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._let_go()
+        self._let_go(pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._let_go()  # after an exception Lightning does not call teardown
+        self._let_go(pl_module)  # after an exception Lightning does not call teardown
 
     @property
     def _frozen(self) -> FrozenStart | None:
@@ -354,7 +356,8 @@ class FeatureShiftMonitor(Callback):
             figure = draw_shifts(self.history, f"shift from the start, {where} batches as they passed")
             publish_figure(trainer, figure, self._folder, f"{name}.png", f"{name}/figure")
 
-    def _let_go(self) -> None:
+    def _let_go(self, pl_module: LightningModule) -> None:
+        forget_check(pl_module, self.state_key)
         if self.comparison is not None:
             for tap in self.comparison.all_taps:
                 tap.remove()

@@ -18,7 +18,9 @@ from lightning_feat.joints.module.head_check import Asks, check_head, forget_che
 from lightning_feat.joints.module.head_swap import (
     HeadSwap,
     begin_head_anew,
-    named_or_found,
+    checked_names,
+    heads_of,
+    joined,
     note_head,
     refuse_other_scale,
     take_places,
@@ -49,8 +51,8 @@ class GrassmannHead(Callback):
 
     Args:
         subspace_dim: dimensions of every class subspace; well below the width of the features.
-        layer: dotted name of the classifier, an ``nn.Linear``; None finds it (see
-            ``joints.features.heads.find_classifier``).
+        layer: dotted name of the classifier, an ``nn.Linear``, or names of several whose logits the model averages;
+            None finds it, or them (see ``joints.features.heads.find_heads``).
         scale: largest possible logit.
         learn_scale: make the scale a parameter.
         update: how the optimizer's step becomes one of the subspaces; this and the next three: see
@@ -68,7 +70,7 @@ class GrassmannHead(Callback):
     def __init__(
         self,
         subspace_dim: int = 8,
-        layer: str | None = None,
+        layer: str | list[str] | None = None,
         scale: float = 25.0,
         learn_scale: bool = False,
         update: Update = "auto",
@@ -78,6 +80,7 @@ class GrassmannHead(Callback):
         second_momentum: float | None = None,
         fresh_head: bool = False,
     ) -> None:
+        checked_names(layer)
         if subspace_dim < 1:
             raise ValueError(f"subspace_dim={subspace_dim} must be at least 1; the paper uses 8.")
         self.layer = layer
@@ -96,7 +99,7 @@ class GrassmannHead(Callback):
 
     @property
     def state_key(self) -> str:
-        return f"GrassmannHead[{self.layer or 'classifier'}]"
+        return f"GrassmannHead[{joined(self.layer)}]"
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         refuse_twin(trainer, self)
@@ -111,15 +114,20 @@ class GrassmannHead(Callback):
             add_link(pl_module, "configure_optimizers", self.state_key, _FollowOptimizers(self))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        refuse_other_copies(trainer, pl_module, self._label(pl_module), "GrassmannHead")
-        check_head(pl_module, Asks("GrassmannHead", self._label(pl_module), signed=False, named=self.layer is not None))
+        heads = self.heads(pl_module)
+        for label, _ in heads:
+            refuse_other_copies(trainer, pl_module, label, "GrassmannHead")
+        names = tuple(label for label, _ in heads)
+        named = self.layer is not None
+        check_head(pl_module, Asks("GrassmannHead", names, replaces=True, signed=False, named=named))
         self.follow(pl_module, trainer.optimizers)
-        basis = self.head(pl_module).basis
-        if basis.requires_grad and not any(p is basis for o in trainer.optimizers for p in in_order(o)):
-            raise RuntimeError(
-                f"no optimizer trains the class subspaces of {self._label(pl_module)}: give configure_optimizers the "
-                "parameters of the classifier as well."
-            )
+        for label, head in heads:
+            basis = head.basis
+            if basis.requires_grad and not any(p is basis for o in trainer.optimizers for p in in_order(o)):
+                raise RuntimeError(
+                    f"no optimizer trains the class subspaces of {label}: give configure_optimizers the parameters of "
+                    "the classifier as well."
+                )
         self._batches_to_watch = _WATCHED_BATCHES
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -130,47 +138,51 @@ class GrassmannHead(Callback):
     ) -> None:
         if self._batches_to_watch:
             self._batches_to_watch -= 1
-            self._check(pl_module, _error(self.head(pl_module)))
+            for label, head in self.heads(pl_module):
+                self._check(label, _error(head))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        label, head = self._named_head(pl_module)  # once: a large module takes a while to search
-        error = _error(head)
-        self._check(pl_module, error)
-        pl_module.log(f"grassmann/orthonormality_error/{label}", error, sync_dist=True, reduce_fx="max")
-        basis = full_tensor(head.basis)
-        if len(basis) > 1:
-            angle = pairwise_principal_angles(basis)[:, 0].min().rad2deg().float()
-            pl_module.log(f"grassmann/smallest_angle/{label}", angle, sync_dist=True)
+        for label, head in self.heads(pl_module):  # once: a large module takes a while to search
+            error = _error(head)
+            self._check(label, error)
+            pl_module.log(f"grassmann/orthonormality_error/{label}", error, sync_dist=True, reduce_fx="max")
+            basis = full_tensor(head.basis)
+            if len(basis) > 1:
+                angle = pairwise_principal_angles(basis)[:, 0].min().rad2deg().float()
+                pl_module.log(f"grassmann/smallest_angle/{label}", angle, sync_dist=True)
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         if batch_idx == 0:  # an averaging callback has put its weights in by now
-            self.head(pl_module).project_()
+            for _, head in self.heads(pl_module):
+                head.project_()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        error = self.head(pl_module).project_()
-        if error > LOST:
-            warnings.warn(
-                f"the averaged class subspaces of {self._label(pl_module)} were off the manifold (orthonormality error "
-                f"{error:.1e}) and have been projected.",
-                stacklevel=2,
-            )
+        for label, head in self.heads(pl_module):
+            error = head.project_()
+            if error > LOST:
+                warnings.warn(
+                    f"the averaged class subspaces of {label} were off the manifold (orthonormality error {error:.1e}) "
+                    "and have been projected.",
+                    stacklevel=2,
+                )
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        note_head(checkpoint, *self._named_head(pl_module))
+        for label, head in self.heads(pl_module):
+            note_head(checkpoint, label, head)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        label, head = self._named_head(pl_module)
-        if trainer.state.fn == TrainerFn.FITTING:
-            refuse_other_scale(checkpoint, label, head, "GrassmannHead")
         names = {name.replace("_orig_mod.", "") for name in checkpoint.get("state_dict", ())}
-        if self.fresh_head and names and f"{label}.basis" not in names:
-            begin_head_anew(checkpoint, label, head)
-            rank_zero_warn(
-                f"{label} starts afresh, and so do the optimizer and its schedule: they are not those of the "
-                "checkpoint."
-            )
+        for label, head in self.heads(pl_module):
+            if trainer.state.fn == TrainerFn.FITTING:
+                refuse_other_scale(checkpoint, label, head, "GrassmannHead")
+            if self.fresh_head and names and f"{label}.basis" not in names:
+                begin_head_anew(checkpoint, label, head)
+                rank_zero_warn(
+                    f"{label} starts afresh, and so do the optimizer and its schedule: they are not those of the "
+                    "checkpoint."
+                )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._let_go(pl_module)
@@ -190,26 +202,22 @@ class GrassmannHead(Callback):
         build = functools.partial(_build_head, self.head_options)
         return HeadSwap(self.layer, GrassmannLinear, build, self.head_options, GrassmannHead, self.fresh_head)
 
-    def head(self, pl_module: nn.Module) -> GrassmannLinear:
-        """The head in ``pl_module``, once it has been put in."""
-        return self._named_head(pl_module)[1]
+    def heads(self, pl_module: nn.Module) -> list[tuple[str, GrassmannLinear]]:
+        """The heads in ``pl_module`` with their names, once they have been put in; several where they are averaged."""
+        heads = []
+        for label, head in heads_of(pl_module, self.layer):
+            if not isinstance(head, GrassmannLinear):
+                raise RuntimeError(
+                    f"the classifier is still a {type(head).__name__}: the head comes in by configure_model."
+                )
+            heads.append((label, head))
+        return heads
 
-    def _named_head(self, pl_module: nn.Module) -> tuple[str, GrassmannLinear]:
-        label, head = named_or_found(pl_module, self.layer)
-        if not isinstance(head, GrassmannLinear):
-            raise RuntimeError(
-                f"the classifier is still a {type(head).__name__}: the head comes in by configure_model."
-            )
-        return label, head
-
-    def _label(self, pl_module: nn.Module) -> str:
-        return named_or_found(pl_module, self.layer)[0]
-
-    def _check(self, pl_module: LightningModule, error: Tensor) -> None:
+    def _check(self, label: str, error: Tensor) -> None:
         if error > LOST:
             names = ", ".join(type(optimizer).__name__ for optimizer in self.steps) or "no optimizer"
             raise RuntimeError(
-                f"the class subspaces of {self._label(pl_module)} left the manifold (orthonormality error "
+                f"the class subspaces of {label} left the manifold (orthonormality error "
                 f"{float(error):.2g}; followed: {names}). Something moves them outside optimizer.step(), or wraps an "
                 "optimizer without calling its hooks, as Lookahead does: use the optimizer inside, or another."
             )
@@ -218,11 +226,12 @@ class GrassmannHead(Callback):
         """Make these optimizers keep the subspaces on their manifold; those that do already are left alone."""
         for optimizer in optimizers:
             if optimizer not in self.steps and optimizer not in self.others:
-                head = self.head(pl_module)
-                if (other := following(optimizer, head)) is not None:
-                    self.others[optimizer] = other  # the module's own call of follow_subspaces, which stays
+                heads = [head for _, head in self.heads(pl_module)]
+                others = [following(optimizer, head) for head in heads]
+                if others[0] is not None:
+                    self.others[optimizer] = others[0]  # the module's own call of follow_subspaces, which stays
                 else:
-                    self.steps[optimizer] = follow_subspaces(optimizer, head, **self.step_options)
+                    self.steps[optimizer] = follow_subspaces(optimizer, nn.ModuleList(heads), **self.step_options)
 
     def _let_go(self, pl_module: LightningModule) -> None:
         for step in self.steps.values():
@@ -254,7 +263,8 @@ class _FollowOptimizers:
         configured = call()
         if self.callback is not None:
             optimizers = optimizers_in(configured)
-            take_places(optimizers, self.callback.head(module))
+            for _, head in self.callback.heads(module):
+                take_places(optimizers, head)
             self.callback.follow(module, optimizers)
         return configured
 

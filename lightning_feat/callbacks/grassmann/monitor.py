@@ -23,6 +23,7 @@ from lightning_feat.joints.features.nonfinite import NonfiniteWatch
 from lightning_feat.joints.features.silence import SilenceWatch
 from lightning_feat.joints.features.taps import FeatureTap, Pooling, TapError, find_layer
 from lightning_feat.joints.run.averaging import WhichWeights
+from lightning_feat.joints.module.head_check import Asks, check_head, forget_check
 from lightning_feat.joints.run.spared import run_spared
 from lightning_feat.joints.run.twins import callbacks_of, refuse_twin
 from lightning_feat.layers.grassmann import LOST, GrassmannLinear, off_the_manifold
@@ -141,6 +142,7 @@ class GrassmannMonitor(MeasuresAtEpochEnds):
         self._label, head = self._find(pl_module)
         self._tap = FeatureTap(self._label, "input", self.pooling)
         self._tap.attach(pl_module)
+        check_head(pl_module, Asks(self.state_key, (self._label,), only_reads=True, named=self.layer is not None))
         self._r2 = ClassSeparation(head.num_classes, head.in_features).to(pl_module.device)
         self._variability = WithinClassVariability(
             head.num_classes,
@@ -153,7 +155,8 @@ class GrassmannMonitor(MeasuresAtEpochEnds):
         super().on_fit_start(trainer, pl_module)
         self.ways.begin()
         self._head_reports = any(
-            isinstance(other, GrassmannHead) and other.head(pl_module) is head for other in callbacks_of(trainer)
+            isinstance(other, GrassmannHead) and any(head is one for _, one in other.heads(pl_module))
+            for other in callbacks_of(trainer)
         )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -234,10 +237,10 @@ class GrassmannMonitor(MeasuresAtEpochEnds):
             self._log(pl_module, "variability", self._variability.compute(), suffix)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._let_go()
+        self._let_go(pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._let_go()  # after an exception Lightning does not call teardown
+        self._let_go(pl_module)  # after an exception Lightning does not call teardown
 
     def _find(self, module: LightningModule) -> tuple[str, GrassmannLinear]:
         if self.layer is None:
@@ -298,7 +301,8 @@ class GrassmannMonitor(MeasuresAtEpochEnds):
             name = f"grassmann_angles-{self._label}-epoch={trainer.current_epoch}.png"
             publish_figure(trainer, figure, self._folder, name, f"grassmann/angles/{self._label}")
 
-    def _let_go(self) -> None:
+    def _let_go(self, pl_module: LightningModule) -> None:
+        forget_check(pl_module, self.state_key)
         if self._tap is not None:
             self._tap.remove()
         self._tap, self._r2, self._variability, self._listens = None, None, None, False

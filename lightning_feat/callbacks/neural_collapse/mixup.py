@@ -24,6 +24,7 @@ from lightning_feat.joints.features.batches import TargetKey, class_indices, inp
 from lightning_feat.joints.features.nonfinite import NonfiniteWatch
 from lightning_feat.joints.features.taps import FeatureTap
 from lightning_feat.joints.features.weights import read_weight
+from lightning_feat.joints.module.head_check import check_found, forget_check
 from lightning_feat.joints.module.head_swap import named_or_found
 from lightning_feat.joints.run.averaging import WhichWeights
 from lightning_feat.joints.run.twins import refuse_twin
@@ -107,6 +108,7 @@ class MixupGeometryMonitor(MeasuresAtEpochEnds):
         super().on_fit_start(trainer, pl_module)
         self.ways.begin()
         self.inputs.attach(pl_module)
+        check_found(pl_module, self.state_key, [self.inputs], only_reads=True)
         self.outputs = FeatureTap(name, "output", pools=False)
         self.outputs.attach(pl_module)
 
@@ -135,10 +137,10 @@ class MixupGeometryMonitor(MeasuresAtEpochEnds):
             pl_module.log(f"mixup_geometry/{name}/{self.inputs.label}", logged, sync_dist=True)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._let_go()
+        self._let_go(pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._let_go()  # after an exception Lightning does not call teardown
+        self._let_go(pl_module)  # after an exception Lightning does not call teardown
 
     def _loader(self, trainer: Trainer) -> Any:
         loader = trainer.train_dataloader if self.data == "train" else trainer.val_dataloaders
@@ -149,7 +151,8 @@ class MixupGeometryMonitor(MeasuresAtEpochEnds):
     def _classes(self, batch: Any, num_samples: int) -> Tensor:
         return class_indices(targets_of(batch, self.target_key), num_samples, f"the targets of {self.state_key}")
 
-    def _let_go(self) -> None:
+    def _let_go(self, pl_module: LightningModule) -> None:
+        forget_check(pl_module, self.state_key)
         self.inputs.remove()
         self.outputs.remove()
 

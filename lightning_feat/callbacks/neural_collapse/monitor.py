@@ -183,8 +183,8 @@ class NeuralCollapseMonitor(MeasuresAtEpochEnds):
         self.silence.begin()
         self.taps.attach(pl_module)
         if self.taps.head is not None:
-            asks = Asks("NeuralCollapseMonitor", self.taps.head[0], "classifier", only_reads=True, classes=False)
-            asks = asks._replace(named=self.taps.classifier is not None)
+            named = self.taps.classifier is not None
+            asks = Asks(self.state_key, (self.taps.head[0],), "classifier", only_reads=True, named=named)
             check_head(pl_module, asks)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -243,11 +243,11 @@ class NeuralCollapseMonitor(MeasuresAtEpochEnds):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._let_go()
-        forget_check(pl_module, "NeuralCollapseMonitor")
+        forget_check(pl_module, self.state_key)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.report.finish(trainer)
-        forget_check(pl_module, "NeuralCollapseMonitor")
+        forget_check(pl_module, self.state_key)
         self._let_go()  # after an exception Lightning does not call teardown
 
     def _loaders(self, trainer: Trainer) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from lightning_feat.joints.features.batches import TargetKey, targets_of
 from lightning_feat.joints.features.nonfinite import NonfiniteWatch
 from lightning_feat.joints.features.taps import FeatureTap
 from lightning_feat.joints.features.weights import read_weight
+from lightning_feat.joints.module.head_check import check_found, forget_check
 from lightning_feat.joints.module.head_swap import named_or_found
 from lightning_feat.joints.run.averaging import WhichWeights
 from lightning_feat.joints.run.twins import refuse_twin
@@ -82,6 +83,7 @@ class RegressionCollapseMonitor(MeasuresAtEpochEnds):
         super().on_fit_start(trainer, pl_module)
         self.ways.begin()
         self.tap.attach(pl_module)
+        check_found(pl_module, self.state_key, [self.tap], only_reads=True)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for name, loader in self._loader(trainer).items():  # what is wrong with data or network is said now
@@ -119,10 +121,14 @@ class RegressionCollapseMonitor(MeasuresAtEpochEnds):
             pl_module.log(f"{method}/{name}/{self.tap.label}", logged, sync_dist=True)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self.tap.remove()
+        self._let_go(pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self.tap.remove()  # after an exception Lightning does not call teardown
+        self._let_go(pl_module)  # after an exception Lightning does not call teardown
+
+    def _let_go(self, pl_module: LightningModule) -> None:
+        self.tap.remove()
+        forget_check(pl_module, self.state_key)
 
     def _head(self, module: LightningModule) -> nn.Linear:
         name = self.tap.layer

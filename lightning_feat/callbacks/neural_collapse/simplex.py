@@ -20,6 +20,9 @@ from lightning_feat.joints.module.head_check import Asks, check_head, forget_che
 from lightning_feat.joints.module.head_swap import (
     HeadSwap,
     begin_head_anew,
+    checked_names,
+    heads_of,
+    joined,
     named_or_found,
     note_head,
     refuse_other_scale,
@@ -50,8 +53,9 @@ class SimplexETFHead(Callback):
         scale: largest possible logit.
         sparsity: share of the prototypes' entries that are zero; above zero the head is a ``layers.SparseETF``.
         seed: draws the position of the simplex.
-        layer: dotted name of the classifier, an ``nn.Linear``; None finds it (see
-            ``joints.features.heads.find_classifier``).
+        layer: dotted name of the classifier, an ``nn.Linear``, or names of several whose logits the model averages;
+            None finds it, or them (see ``joints.features.heads.find_heads``). Several get the same prototypes where
+            their features are of one width.
         fresh_head: let a checkpoint with a linear classifier load: the rest comes from it, and the optimizer starts
             anew. Else such a checkpoint is an error.
     """
@@ -62,9 +66,10 @@ class SimplexETFHead(Callback):
         scale: float = 25.0,
         sparsity: float = 0.0,
         seed: int = 0,
-        layer: str | None = None,
+        layer: str | list[str] | None = None,
         fresh_head: bool = False,
     ) -> None:
+        checked_names(layer)
         if not 0 <= sparsity < 1:
             raise ValueError(f"sparsity={sparsity} is a share of entries: it must lie in [0, 1).")
         self.head_options: dict[str, Any] = {"scale": scale, "seed": seed}
@@ -75,7 +80,7 @@ class SimplexETFHead(Callback):
 
     @property
     def state_key(self) -> str:
-        return f"SimplexETFHead[{self.layer or 'classifier'}]"
+        return f"SimplexETFHead[{joined(self.layer)}]"
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         refuse_twin(trainer, self)
@@ -87,21 +92,23 @@ class SimplexETFHead(Callback):
             add_link(pl_module, "configure_optimizers", self.state_key, _TakePlaces(self.layer))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        name = named_or_found(pl_module, self.layer)[0]
-        refuse_other_copies(trainer, pl_module, name, "SimplexETFHead")
-        check_head(pl_module, Asks("SimplexETFHead", name, named=self.layer is not None))
+        names = tuple(name for name, _ in heads_of(pl_module, self.layer))
+        for name in names:
+            refuse_other_copies(trainer, pl_module, name, "SimplexETFHead")
+        check_head(pl_module, Asks("SimplexETFHead", names, replaces=True, named=self.layer is not None))
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        note_head(checkpoint, *named_or_found(pl_module, self.layer))
+        for label, head in heads_of(pl_module, self.layer):
+            note_head(checkpoint, label, head)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        label, head = named_or_found(pl_module, self.layer)
-        if trainer.state.fn == TrainerFn.FITTING:
-            refuse_other_scale(checkpoint, label, head, "SimplexETFHead")
         names = {name.replace("_orig_mod.", "") for name in checkpoint.get("state_dict", ())}
-        if self.fresh_head and names and f"{label}.prototypes" not in names:
-            begin_head_anew(checkpoint, label, head)
-            rank_zero_warn(f"{label} is fixed now, and the optimizer and its schedule start afresh.")
+        for label, head in heads_of(pl_module, self.layer):
+            if trainer.state.fn == TrainerFn.FITTING:
+                refuse_other_scale(checkpoint, label, head, "SimplexETFHead")
+            if self.fresh_head and names and f"{label}.prototypes" not in names:
+                begin_head_anew(checkpoint, label, head)
+                rank_zero_warn(f"{label} is fixed now, and the optimizer and its schedule start afresh.")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._let_go(pl_module)
@@ -260,7 +267,7 @@ class _HeadTap(FeatureTap):
 class _TakePlaces:
     """The link around ``configure_optimizers``, for optimizers that were made before the swap."""
 
-    def __init__(self, layer: str | None) -> None:
+    def __init__(self, layer: str | list[str] | None) -> None:
         self.layer = layer
 
     def __call__(self, module: LightningModule, call: Callable[..., Any]) -> Any:
@@ -270,7 +277,8 @@ class _TakePlaces:
                 "all that comes before it is frozen. Let a part of it train, or keep a classifier that does."
             )
         configured = call()
-        take_places(optimizers_in(configured), named_or_found(module, self.layer)[1])
+        for _, head in heads_of(module, self.layer):
+            take_places(optimizers_in(configured), head)
         return configured
 
 

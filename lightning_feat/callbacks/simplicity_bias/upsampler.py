@@ -37,6 +37,7 @@ from lightning_feat.joints.data.train_loader import one_train_loader
 from lightning_feat.joints.data.ways import Forward
 from lightning_feat.joints.features.batches import TargetKey, class_indices, targets_of
 from lightning_feat.joints.loss.engine import add_loss_term, remove_loss_term
+from lightning_feat.joints.module.head_check import check_found, forget_check
 from lightning_feat.joints.run.folder import run_folder
 from lightning_feat.joints.run.loggers import send_file
 from lightning_feat.joints.run.spared import run_spared
@@ -177,6 +178,7 @@ class SimplicityBiasUpsampler(DataPlan):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.look.attach(pl_module)
+        check_found(pl_module, self.state_key, [self.look.logits])
         if self._stage == "using":
             return
         epochs = trainer.max_epochs or 0
@@ -366,6 +368,7 @@ class SimplicityBiasUpsampler(DataPlan):
 
     def _leave(self, trainer: Trainer, module: LightningModule) -> None:
         self.look.remove()
+        forget_check(module, self.state_key)
         run_fit_as_before(trainer)
         if self.term is not None:
             remove_loss_term(module, self.term)

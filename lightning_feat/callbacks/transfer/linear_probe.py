@@ -27,6 +27,7 @@ from lightning_feat.joints.features.batches import TargetKey, class_indices, mas
 from lightning_feat.joints.features.nonfinite import NonfiniteWatch
 from lightning_feat.joints.features.taps import FeatureTap, Pooling, Read
 from lightning_feat.joints.run.averaging import WhichWeights
+from lightning_feat.joints.module.head_check import check_found, forget_check
 from lightning_feat.joints.run.twins import refuse_twin
 
 _Loaders = dict[Literal["train", "val", "test"], Any]
@@ -125,6 +126,7 @@ class LinearProbe(MeasuresAtEpochEnds):
         super().on_fit_start(trainer, pl_module)
         self.ways.begin()
         self.tap.attach(pl_module)
+        check_found(pl_module, self.state_key, [self.tap], only_reads=True)
         if self.data is not None:
             self.loaders = _loaders_of(trainer, self.data)
 
@@ -165,10 +167,14 @@ class LinearProbe(MeasuresAtEpochEnds):
         pl_module.log(f"{method}/accuracy/{self.tap.label}", accuracy.to(pl_module.device).float(), sync_dist=True)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self.tap.remove()
+        self._let_go(pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self.tap.remove()  # after an exception Lightning does not call teardown
+        self._let_go(pl_module)  # after an exception Lightning does not call teardown
+
+    def _let_go(self, pl_module: LightningModule) -> None:
+        self.tap.remove()
+        forget_check(pl_module, self.state_key)
 
     def _probe(self, trainer: Trainer, features: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
         lost = sum(int((~h.isfinite().all(1)).sum()) for h, _ in features.values())

@@ -59,6 +59,28 @@ def find_classifier(module: nn.Module, argument: str = "layer") -> Named:
     raise ValueError(_question(module, candidates or every, bool(candidates), argument))
 
 
+def find_heads(module: nn.Module, argument: str = "layer") -> list[Named]:
+    """The classifier that ``find_classifier`` finds; or all heads of one kind, of as many classes, that a timm model
+    says it has: those are commonly averaged.
+
+    Args:
+        module: what is searched.
+        argument: see ``find_classifier``.
+
+    Raises:
+        ValueError: see ``find_classifier``.
+    """
+    try:
+        return [find_classifier(module, argument)]
+    except ValueError:
+        put_in = [(_plain(name), part) for name, part in module.named_modules() if _FOUND in part.__dict__]
+        listed = put_in or _timm_classifiers(module)
+        kinds = {(type(head), head_sizes(head)[1]) for _, head in listed}
+        if len(listed) < 2 or len(kinds) > 1 or (not put_in and _stands_under_another(module, listed)):
+            raise
+        return listed
+
+
 def remember_found(head: nn.Module) -> None:
     """Let ``find_classifier`` find this head from now on, and in copies of the module, whatever else is there."""
     head.__dict__[_FOUND] = True
@@ -135,10 +157,16 @@ def _timm_classifiers(module: nn.Module) -> list[Named]:
 
 def _by_name(parts: list[Named]) -> list[Named]:
     named = [(name, part) for name, part in parts if name.rpartition(".")[2] in _CLASSIFIER_NAMES]
+    named = [(name, part) for name, part in named if not _pools_tokens(part)]
     heads = [(name, head) for name, part in named for head in _last_head(name, part)]
     depth = min((name.count(".") for name, _ in heads), default=0)
     highest = [head for name, head in heads if name.count(".") == depth]
     return [head for i, head in enumerate(highest) if not any(head[1] is other for _, other in highest[:i])]
+
+
+def _pools_tokens(part: nn.Module) -> bool:
+    """Whether this is what a tower of SigLIP calls its head: attention that makes one vector of all tokens."""
+    return any(isinstance(child, nn.MultiheadAttention) for child in part.modules())
 
 
 def _higher_named(parts: list[Named], found: list[Named]) -> list[Named]:
@@ -161,6 +189,12 @@ def _above(found: Named, every: list[Named], by_timm: bool) -> list[Named]:
     features, classes = head_sizes(found[1])
     takes = {classes} if by_timm else {classes, features, None}  # else it stands beside the one found, not above it
     return [head for head in higher if head_sizes(head[1])[0] in takes]
+
+
+def _stands_under_another(module: nn.Module, heads: list[Named]) -> bool:
+    every = _possible(module)
+    parts = [(_plain(name), part) for name, part in module.named_modules()]
+    return bool(_higher_named(parts, heads)) or any(_above(head, every, True) for head in heads)
 
 
 def _possible(module: nn.Module) -> list[Named]:

@@ -1,6 +1,6 @@
 """Which layers made the logits, seen by running: those with weights that come last on the way to what the loss gets."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -32,6 +32,7 @@ class LossCall(NamedTuple):
     function: str
     layers: frozenset[str]  # the last layers with weights before its input
     target: Any
+    predicted: Any  # what it got, without its graph
 
 
 class LastLayers(TorchFunctionMode):
@@ -39,15 +40,15 @@ class LastLayers(TorchFunctionMode):
 
     Args:
         module: whose layers count.
-        head: dotted name of a layer that counts as a whole, whatever is in it.
+        heads: dotted names of layers that count as a whole, whatever is in them.
 
     Attributes:
         calls: the loss functions that were called.
     """
 
-    def __init__(self, module: nn.Module, head: str | None = None) -> None:
+    def __init__(self, module: nn.Module, heads: Collection[str] = ()) -> None:
         super().__init__()
-        self.module, self.head = module, head
+        self.module, self.heads = module, heads
         self.calls: list[LossCall] = []
         self._made_by: Any = WeakIdKeyDictionary()
 
@@ -60,7 +61,8 @@ class LastLayers(TorchFunctionMode):
     def following(self) -> Iterator["LastLayers"]:
         """Active inside the block."""
         handles = [
-            part.register_forward_hook(_Made(self, name)) for name, part in _layers_with_weights(self.module, self.head)
+            part.register_forward_hook(_Made(self, name))
+            for name, part in _layers_with_weights(self.module, self.heads)
         ]
         try:
             with self:
@@ -85,7 +87,8 @@ class LastLayers(TorchFunctionMode):
             given = [*args, *kwargs.values()]
             predicted = kwargs.get("input", args[0] if args else None)
             target = kwargs.get("target", given[1] if len(given) > 1 else None)
-            self.calls.append(LossCall(_LOSSES[func], self.of(predicted), target))
+            detached = predicted.detach() if isinstance(predicted, Tensor) else None
+            self.calls.append(LossCall(_LOSSES[func], self.of(predicted), target, detached))
         return out
 
 
@@ -127,11 +130,11 @@ def _entries(example: Any) -> list[Any]:
     return list(example) if isinstance(example, (tuple, list)) else [example]
 
 
-def _layers_with_weights(module: nn.Module, head: str | None) -> Iterator[tuple[str, nn.Module]]:
+def _layers_with_weights(module: nn.Module, heads: Collection[str]) -> Iterator[tuple[str, nn.Module]]:
     for wrapped, part in module.named_modules():
         name = wrapped.replace("_orig_mod.", "")
         own = [t for t in [*part._parameters.values(), *part._buffers.values()] if t is not None]
         inner = any(child._parameters or child._buffers for child in part.modules() if child is not part)
-        whole = isinstance(part, (nn.Linear, nn.MultiheadAttention, nn.RNNBase)) or name == head
+        whole = isinstance(part, (nn.Linear, nn.MultiheadAttention, nn.RNNBase)) or name in heads
         if name and own and (whole or not inner):
             yield name, part

@@ -56,7 +56,7 @@ class FeatureTap:
         self.layer = layer
         self.read: Read = read or ("input" if layer is None else "output")
         # Named as `layer` alone it would be its output that is read: the logits.
-        self._asks = asks or ("layer" if read is not None else "layer` with `read='input'")
+        self.asks = asks or ("layer" if read is not None else "layer` with `read='input'")
         self._pools = pools
         self.pooling = pooling
         self.keep_graph = keep_graph
@@ -89,7 +89,7 @@ class FeatureTap:
     def find(self, module: nn.Module) -> nn.Module:
         """The layer of ``module``. Raises ``ValueError`` if there is no such layer."""
         if self.layer is None and self.classifier is None:
-            return find_classifier(module, self._asks)[1]
+            return find_classifier(module, self.asks)[1]
         return find_layer(module, self.layer if self.layer is not None else str(self.classifier))
 
     def listen(self) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lightning_feat.joints.loss.terms import LossTerm
 from lightning_feat.joints.module import own_parameters
+from lightning_feat.joints.module.head_check import check_found, forget_check
 from lightning_feat.joints.module.wraps import add_link, get_link, remove_link
 
 _KEY = "loss_terms"
@@ -180,6 +181,7 @@ def add_loss_term(module: LightningModule, term: LossTerm) -> None:
             f"there are two loss terms {term.name!r} on layer {term.taps[0].label!r}: drop one, or rename it."
         )
     engine.terms[term.key] = term
+    check_found(module, f"the term {term.key}", term.taps)
     if term.parameters is not None:
         own_parameters.adopt(module, term.key, term.parameters)
 
@@ -190,6 +192,7 @@ def remove_loss_term(module: LightningModule, term: LossTerm) -> None:
     if engine is None or engine.terms.get(term.key) is not term:
         return
     del engine.terms[term.key]
+    forget_check(module, f"the term {term.key}")
     for tap in term.taps:
         tap.remove()
     own_parameters.release(module, term.key)

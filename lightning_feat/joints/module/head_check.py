@@ -1,32 +1,41 @@
 """Check in the first training step that a layer is the classifier: that it makes what the loss gets, and alone."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from lightning_feat.joints.features.heads import is_compiled
+from lightning_feat.joints.features.heads import find_classifier, is_compiled
 from lightning_feat.joints.features.last_layers import LastLayers, LossCall
+from lightning_feat.joints.features.taps import FeatureTap
+from lightning_feat.joints.module.head_outputs import HeadOutputs, kind_of_targets
 from lightning_feat.joints.module.wraps import add_link, remove_link
 
 _KEY = "head_check"
 _OF_CLASSES = ("cross_entropy", "nll_loss", "multi_margin_loss")
-_ROUNDING = 1e-2  # of half precision, in a row of targets that sums to one
 
 
 class Asks(NamedTuple):
     """What a callback wants to know of its head."""
 
     owner: str  # the callback, for errors
-    head: str  # dotted name
+    heads: tuple[str, ...] = ()  # dotted names; several only where they are to be averaged; none: the one that is found
     argument: str = "layer"  # by which its user names another
     only_reads: bool = False  # a monitor: it warns
-    classes: bool = True  # whether it must be a head of classes, one of which is right
+    replaces: bool = False  # it has put in a head of classes, one of which is right; else it reads what the head gets
     signed: bool = True  # whether its logits can be negative
     named: bool = False  # whether its user named it, as one head of several, say
+
+    @property
+    def head(self) -> str:
+        """The heads in words."""
+        return " and ".join(self.heads)
+
+    def within(self, name: str) -> bool:
+        """Whether this layer is a head, or in one."""
+        return any(name == head or name.startswith(f"{head}.") for head in self.heads)
 
     def say(self, what: str) -> None:
         """Raise it, or warn of it."""
@@ -37,7 +46,15 @@ class Asks(NamedTuple):
 
 def check_head(module: LightningModule, asks: Asks) -> None:
     """Let the next training step check a head. What contradicts is a ``ValueError`` there, for a monitor a warning."""
-    add_link(module, "training_step", f"{_KEY}:{asks.owner}:{asks.head}", _Check(asks))
+    # Innermost: what other callbacks compute around the step, such as terms of the loss, is not the module's.
+    add_link(module, "training_step", f"{_KEY}:{asks.owner}:{asks.head}", _Check(asks), innermost=True)
+
+
+def check_found(module: LightningModule, owner: str, taps: Iterable[FeatureTap], only_reads: bool = False) -> None:
+    """``check_head`` of the classifier, if one of ``taps`` reads it as no layer was named."""
+    finding = [tap for tap in taps if tap.layer is None and tap.classifier is None]
+    if finding:
+        check_head(module, Asks(owner, argument=finding[0].asks, only_reads=only_reads))
 
 
 def forget_check(module: LightningModule, owner: str) -> None:
@@ -61,12 +78,14 @@ class _Check:
             return call(*args, **kwargs)
         self.done = True
         forget_check(module, self.asks.owner)
-        with LastLayers(module, self.asks.head).following() as follower:
+        asks = self.asks if self.asks.heads else self.asks._replace(heads=(find_classifier(module)[0],))
+        with LastLayers(module, asks.heads).following() as follower, HeadOutputs(module, asks.heads) as outputs:
             out = call(*args, **kwargs)
         loss = out.get("loss") if isinstance(out, dict) else out
-        said = _contradiction(self.asks, follower.calls, follower.of(loss) if isinstance(loss, Tensor) else frozenset())
+        of_loss = follower.of(loss) if isinstance(loss, Tensor) else frozenset()
+        said = _contradiction(asks, follower.calls, of_loss, outputs)
         if said:
-            self.asks.say(said)
+            asks.say(said)
         return out
 
 
@@ -77,22 +96,23 @@ def _has_compiled_code(module: LightningModule) -> bool:
     )
 
 
-def _contradiction(asks: Asks, calls: list[LossCall], of_loss: frozenset[str]) -> str | None:
+def _contradiction(asks: Asks, calls: list[LossCall], of_loss: frozenset[str], outputs: HeadOutputs) -> str | None:
     """What the step showed against this head; None where it showed nothing against it."""
     seen = [call for call in calls if call.layers]
     of_classes = [call for call in seen if call.function in _OF_CLASSES]
-    mine = [call for call in seen if all(_within(name, asks.head) for name in call.layers)]
+    mine = [call for call in seen if all(asks.within(name) for name in call.layers)]
     if mine:
-        return _not_of_classes(asks, mine[0]) if asks.classes and not any(call in of_classes for call in mine) else None
-    shared = [call for call in seen if any(_within(name, asks.head) for name in call.layers)]
+        if len(asks.heads) > 1 and not outputs.are_averaged_in(mine):
+            return (
+                f"the logits are made of {asks.head} otherwise than by their mean, and {asks.owner} can stand for "
+                "heads that are averaged alone: let the model use one of them, or average them."
+            )
+        return None if not asks.replaces or any(call in of_classes for call in mine) else _not_of_classes(asks, mine[0])
+    shared = [call for call in seen if any(asks.within(name) for name in call.layers)]
     if shared:
-        others = sorted(name for name in shared[0].layers if not _within(name, asks.head))
-        return (
-            f"the logits are made by {asks.head} together with {', '.join(others[:4])}: {asks.owner} can stand for one "
-            "head alone. Let the model use one, or put the layers together."
-        )
+        return _shared(asks, shared[0])
     last = sorted(frozenset().union(*(call.layers for call in of_classes or seen)))
-    if not last or ((asks.named or not of_classes) and any(_within(name, asks.head) for name in of_loss)):
+    if not last or ((asks.named or not of_classes) and any(asks.within(name) for name in of_loss)):
         return None  # a loss of another kind is made of this head: nothing is known against it
     return (
         f"{asks.head} is not the layer that makes the logits: {', '.join(last[:4])} ran after it, or in its place, on "
@@ -100,19 +120,26 @@ def _contradiction(asks: Asks, calls: list[LossCall], of_loss: frozenset[str]) -
     )
 
 
+def _shared(asks: Asks, call: LossCall) -> str | None:
+    others = ", ".join(sorted(name for name in call.layers if not asks.within(name))[:4])
+    if asks.replaces:
+        return (
+            f"the logits are made by {asks.head} together with {others}: {asks.owner} can stand for one head alone, or "
+            f"for several that are averaged. Name all of these (argument `{asks.argument}`, a list), let the model use "
+            "one, or put the layers together."
+        )
+    if asks.named:
+        return None  # one of several, and the user knows which
+    return (
+        f"the logits are made by {asks.head} together with {others}, and {asks.owner} takes the features of the first "
+        f"alone: name the layer that is meant (argument `{asks.argument}`)."
+    )
+
+
 def _not_of_classes(asks: Asks, call: LossCall) -> str | None:
-    kind, target = None, call.target.detach() if isinstance(call.target, Tensor) else torch.zeros(0)
-    if target.is_floating_point() and target.ndim == 2 and target.shape[1] > 1:
-        if bool(((target.float().sum(1) - 1).abs() > _ROUNDING).any()):  # one-hot or soft labels sum to one
-            kind = f"the targets of {call.function} are several at once, or none, or no classes"
-    elif target.is_floating_point() and target.numel():
-        kind = f"the targets of {call.function} are numbers, no classes"
+    kind = kind_of_targets(call)
     if kind is None and call.function.startswith("binary_cross_entropy") and not asks.signed:
         kind = f"the loss is {call.function}, which needs logits below zero to say no, and this head has none"
     if kind is None:
         return None
     return f"{asks.head} is no head that tells classes apart, one of which is right: {kind}. Leave {asks.owner} out."
-
-
-def _within(name: str, head: str) -> bool:
-    return name == head or name.startswith(f"{head}.")

@@ -3,16 +3,17 @@ parameters.
 """
 
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_feat.joints.features.heads import find_classifier, remember_found, replace_layer
+from lightning_feat.joints.features.heads import find_classifier, find_heads, remember_found, replace_layer
 from lightning_feat.joints.features.taps import find_layer
-from lightning_feat.joints.module.head_places import Around, place_of
+from lightning_feat.joints.module.head_places import Around, Place, place_of
 from lightning_feat.joints.module.wraps import overrides
 
 _REPLACED = "_feat_replaced"  # on a new head, until optimizers are configured: the parameters it stands for
@@ -31,6 +32,33 @@ def named_or_found(module: nn.Module, layer: str | None, argument: str = "layer"
     return (f"{layer}.head", part.head) if isinstance(part, Around) else (layer, part)
 
 
+def heads_of(module: nn.Module, layers: str | Sequence[str] | None) -> list[tuple[str, nn.Module]]:
+    """The layers of these dotted names, or what ``find_heads`` finds, with their names; of a head that was put in with
+    something around it, the head.
+    """
+    if layers is not None:
+        return [named_or_found(module, name) for name in ([layers] if isinstance(layers, str) else layers)]
+    try:
+        return find_heads(module)
+    except ValueError as error:
+        if "several" in str(error):
+            raise ValueError(
+                f"{error} Where the model averages the logits of several, name them all, in a list."
+            ) from None
+        raise
+
+
+def joined(layer: str | Sequence[str] | None) -> str:
+    """The heads that are asked for in words, for the key of a callback."""
+    return layer if isinstance(layer, str) else ", ".join(layer or ["classifier"])
+
+
+def checked_names(layer: str | list[str] | None) -> None:
+    """Raise a ``ValueError`` for a list of heads that is empty, or names one twice."""
+    if isinstance(layer, list) and (not layer or len(set(layer)) < len(layer)):
+        raise ValueError(f"layer={layer}: name each head once, and at least one.")
+
+
 class HeadSwap:
     """Replaces the classifier, once, as soon as it exists: by ``swap_early``, or as the link around
     ``configure_model``.
@@ -40,7 +68,7 @@ class HeadSwap:
     is meant.
 
     Args:
-        layer: dotted name of the classifier; None finds it.
+        layer: dotted name of the classifier, or of several heads that the model averages; None finds it, or them.
         kind: the class of the new head; a classifier of this class stays, and must be what the options ask for.
         build: the new head for the ``nn.Linear`` that it replaces, or for what has the sizes and the weight of one. A
             function that can be pickled, not a lambda.
@@ -52,7 +80,7 @@ class HeadSwap:
 
     def __init__(
         self,
-        layer: str | None,
+        layer: str | Sequence[str] | None,
         kind: type[nn.Module],
         build: Callable[[Any], nn.Module],
         options: Mapping[str, Any],
@@ -72,27 +100,46 @@ class HeadSwap:
         """Replace the classifier if it is there for certain."""
         if any(overrides(module, hook) for hook in ("setup", "configure_model")):
             names = {name for name, _ in module.named_modules()}
-            if self.layer is None or self.layer not in names:
+            asked = [self.layer] if isinstance(self.layer, str) else self.layer
+            if asked is None or not names.issuperset(asked):
                 return
         self.swap(module)
 
     def swap_for(self, module: nn.Module, names: Collection[str]) -> None:
         """Replace the classifier if weights of these names, as a state dict has them, are those of a new head."""
         try:
-            name, old = named_or_found(module, self.layer)
+            heads = heads_of(module, self.layer)
         except ValueError:  # built later, or not there: whoever trains the module will hear of it
             return
-        in_its_place = {known for known in names if known.startswith(f"{name}.")}
-        if not isinstance(old, self.kind) and in_its_place and f"{name}.weight" not in in_its_place:
-            self.swap(module)
+        for name, old in heads:
+            in_its_place = {known for known in names if known.startswith(f"{name}.")}
+            if not isinstance(old, self.kind) and in_its_place and f"{name}.weight" not in in_its_place:
+                self.swap(module)
+                return
 
     def swap(self, module: nn.Module) -> None:
         """Replace the classifier unless that has been done."""
-        name, old = named_or_found(module, self.layer)
-        if isinstance(old, self.kind):
-            self._refuse_other_options(name, old)
-            self._load_by(old)
-            return
+        heads = heads_of(module, self.layer)
+        there = [(name, head) for name, head in heads if isinstance(head, self.kind)]
+        for name, head in there:
+            self._refuse_other_options(name, head)
+            self._load_by(head)
+        old = [(name, head) for name, head in heads if not isinstance(head, self.kind)]
+        places = [self._place(name, head) for name, head in old]  # of all, before one is replaced
+        if len({place.out_features for place in places}) > 1:
+            sizes = ", ".join(f"{name} ({place.out_features})" for (name, _), place in zip(old, places, strict=True))
+            raise ValueError(
+                f"heads of other numbers of classes are not averaged: {sizes}. Name one (argument `layer`)."
+            )
+        if len(old) > 1:
+            rank_zero_info(
+                f"{self.owner} replaces {len(old)} heads, whose logits the model is to average: "
+                f"{', '.join(name for name, _ in old)}."
+            )
+        for (_, head), place in zip(old, places, strict=True):
+            self._put_in(module, head, place)
+
+    def _place(self, name: str, old: nn.Module) -> Place:
         place = place_of(old)
         if isinstance(place, str):
             raise ValueError(
@@ -110,6 +157,9 @@ class HeadSwap:
                 f"the classifier {name} is sharded already: create it in __init__ and name it (argument `layer`), so "
                 "that it can be replaced before configure_model shards the module."
             )
+        return place
+
+    def _put_in(self, module: nn.Module, old: nn.Module, place: Place) -> None:
         head = self.build(place)
         if not any(p.requires_grad for p in old.parameters()):  # a frozen classifier stays frozen
             head.requires_grad_(False)

@@ -37,15 +37,16 @@ class _Wrap:
         self.links: dict[str, Link] = {}
 
 
-def add_link(module: LightningModule, method: str, key: str, link: Link) -> None:
-    """Put ``link`` around ``module.method``, outside the links that are there; the same ``key`` replaces the earlier
-    link.
+def add_link(module: LightningModule, method: str, key: str, link: Link, innermost: bool = False) -> None:
+    """Put ``link`` around ``module.method``, outside the links that are there, or inside all of them; the same ``key``
+    replaces the earlier link.
     """
     wraps: dict[str, _Wrap] = module.__dict__.setdefault(_KEY, {})
     if not _is_wrapped(module, method):  # a pickled module comes back with its links, but with the method of its class
         wraps[method] = _Wrap(module.__dict__.get(method))
         module.__dict__[method] = MethodType(_wrapper(type(module), method), module)
-    wraps[method].links[key] = link
+    links = wraps[method].links
+    wraps[method].links = {key: link, **links} if innermost and key not in links else {**links, key: link}
 
 
 def get_link(module: LightningModule, method: str, key: str) -> Link | None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from lightning_feat.joints.features.batches import TargetKey, targets_of
 from lightning_feat.joints.features.taps import FeatureTap, Pooling, Read
 from lightning_feat.joints.reference.frozen_start import FrozenStart
-from lightning_feat.joints.reference.hearing import ComparedTap
+from lightning_feat.joints.reference.hearing import READS_INPUT, ComparedTap
 
 
 class Reference(Protocol):
@@ -57,7 +57,7 @@ class Comparison:
         mask_key: TargetKey,
         keep_graph: bool,
     ) -> None:
-        self.taps = [ComparedTap(layer, read, pooling, keep_graph) for layer in layers]
+        self.taps = [ComparedTap(layer, read, pooling, keep_graph, asks=READS_INPUT) for layer in layers]
         self.labels = [tap.label for tap in self.taps]
         self.reference, self.mask_key = reference, mask_key
 

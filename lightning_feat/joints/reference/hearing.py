@@ -11,6 +11,8 @@ from lightning_feat.joints.clip.towers import find_clip_towers
 from lightning_feat.joints.features.heads import find_classifier
 from lightning_feat.joints.features.taps import Ear, FeatureTap
 
+READS_INPUT = "layers` with `read='input'"  # by which a user names the classifier
+
 
 class AskedTap(FeatureTap):
     """Says whether it has heard."""
@@ -32,7 +34,7 @@ def find_compared(module: nn.Module) -> tuple[str, nn.Module]:
     callbacks of feature shift.
     """
     try:
-        return find_classifier(module, "layers` with `read='input'")
+        return find_classifier(module, READS_INPUT)
     except ValueError as error:
         try:
             towers = find_clip_towers(module)

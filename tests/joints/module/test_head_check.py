@@ -75,7 +75,7 @@ def test_a_layer_after_the_head_is_named(tmp_path, make):
 
 
 def test_a_monitor_warns_of_it_and_goes_on(tmp_path):
-    with pytest.warns(UserWarning, match=r"NeuralCollapseMonitor: net.fc is not the layer .*argument `classifier`"):
+    with pytest.warns(UserWarning, match=r"NeuralCollapseMonitor\[.*: net.fc is not the layer .*argument `classifier`"):
         fit(tmp_path, Above(), NeuralCollapseMonitor())
 
 
