@@ -4,7 +4,8 @@ from torch import Tensor
 
 from lightning_feat.arguments import checked
 from lightning_feat.joints.features.batches import TargetKey
-from lightning_feat.joints.features.taps import FeatureTap, Pooling, Read
+from lightning_feat.joints.features.pooling import Pooling
+from lightning_feat.joints.features.taps import FeatureTap, Read
 from lightning_feat.joints.loss.regularizer import Regularizer
 from lightning_feat.joints.loss.terms import FeatureLossTerm, WeightSchedule
 
@@ -23,12 +24,12 @@ class FeatureRegularizer(Regularizer):
         weight: factor of the term, a number or a ``WeightSchedule``.
         layer: dotted name of a submodule; None for the input of the classifier.
         read: the ``"output"`` or the ``"input"`` of that layer.
-        pooling: how features that are not ``(N, D)`` become so, see ``lightning_feat.joints.features.taps.pool``.
+        pooling: how features that are not ``(N, D)`` become so, see ``lightning_feat.joints.features.pooling.pool``.
         target_key: where a batch keeps the class indices, see ``lightning_feat.joints.features.batches.targets_of``.
         ignore_index: samples with this target are left out.
         backward_index: with manual optimization, which ``manual_backward`` of a step the term joins, from 0.
-        mask_key: where a batch keeps which tokens count ``(N, T)``, for ``pooling="mean"``, ``"max"`` or ``"tokens"``:
-            without it padding counts.
+        mask_key: where a batch keeps which tokens count ``(N, T)``, for ``pooling="mean"``, ``"max"``,
+            ``"last"`` or ``"tokens"``: without it padding counts.
     """
 
     @checked

@@ -17,8 +17,9 @@ from lightning_feat.functional.feature_shift import ShiftSums, shift_discrepancy
 from lightning_feat.joints.data.ways import Forward
 from lightning_feat.joints.features.batches import TargetKey
 from lightning_feat.joints.features.nonfinite import NonfiniteWatch
+from lightning_feat.joints.features.pooling import Pooling
 from lightning_feat.joints.features.silence import SilenceWatch
-from lightning_feat.joints.features.taps import Pooling, Read, TapError
+from lightning_feat.joints.features.taps import Read, TapError
 from lightning_feat.joints.module.head_check import check_found, forget_check
 from lightning_feat.joints.reference import (
     Compared,
@@ -72,7 +73,7 @@ class FeatureShiftMonitor(Callback):
         figure: when fitting ends, draw the shifts as ``feature_shift.png`` (``feature_shift_val.png``) in the run's
             own folder (``joints.run.folder``), and in every logger that shows images. Needs matplotlib.
         read: the ``"output"`` or the ``"input"`` of ``layers``.
-        pooling: see ``joints.features.taps.pool``; by default every token and position counts by itself.
+        pooling: see ``joints.features.pooling.pool``; by default every token and position counts by itself.
         mask_key: where a batch keeps which tokens count ``(N, T)``; see ``joints.features.batches``.
         trunk: submodule to copy, see ``joints.reference.FrozenStart``.
         start: file with the weights of the reference; None for those that the run begins with.

@@ -16,7 +16,8 @@ from lightning_feat.functional.feature_shift import (
 )
 from lightning_feat.joints.data.ways import Forward
 from lightning_feat.joints.features.batches import TargetKey
-from lightning_feat.joints.features.taps import FeatureTap, Pooling, Read
+from lightning_feat.joints.features.pooling import Pooling
+from lightning_feat.joints.features.taps import FeatureTap, Read
 from lightning_feat.joints.loss.engine import add_loss_term, remove_loss_term
 from lightning_feat.joints.loss.terms import LossTerm, Weight, WeightSchedule
 from lightning_feat.joints.reference import (
@@ -79,7 +80,7 @@ class FeatureShiftRegularizer(Callback):
         text_layers: blocks of the text tower, for two towers; None for all, in a CLIP of a known layout.
         image_layers: blocks of the image tower, as many.
         read: the ``"output"`` or the ``"input"`` of ``layers``.
-        pooling: see ``joints.features.taps.pool``; by default every token and position counts by itself.
+        pooling: see ``joints.features.pooling.pool``; by default every token and position counts by itself.
         mask_key: where a batch keeps which tokens count ``(N, T)``, an attention mask say; see
             ``joints.features.batches``.
         trunk: submodule to copy, see ``joints.reference.FrozenStart``.

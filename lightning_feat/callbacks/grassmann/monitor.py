@@ -17,13 +17,15 @@ from lightning_feat.joints.data.passes import clean_loader, try_first_batch
 from lightning_feat.joints.data.processes import full_tensor, repeated_rows
 from lightning_feat.joints.data.shared_pass import read_clean
 from lightning_feat.joints.data.ways import Forward, Ways
+from lightning_feat.joints.features.at_once import try_all
 from lightning_feat.joints.features.batches import TargetKey, class_indices, mask_of, targets_of
 from lightning_feat.joints.features.heads import find_classifier
 from lightning_feat.joints.features.nonfinite import NonfiniteWatch
+from lightning_feat.joints.features.pooling import Pooling
 from lightning_feat.joints.features.silence import SilenceWatch
-from lightning_feat.joints.features.taps import FeatureTap, Pooling, TapError, find_layer
-from lightning_feat.joints.run.averaging import WhichWeights
+from lightning_feat.joints.features.taps import FeatureTap, TapError, find_layer
 from lightning_feat.joints.module.head_check import Asks, check_head, forget_check
+from lightning_feat.joints.run.averaging import WhichWeights
 from lightning_feat.joints.run.spared import run_spared
 from lightning_feat.joints.run.twins import callbacks_of, refuse_twin
 from lightning_feat.layers.grassmann import LOST, GrassmannLinear, off_the_manifold
@@ -62,14 +64,14 @@ class GrassmannMonitor(MeasuresAtEpochEnds):
         seed: of both choices.
         figure: draw a histogram of the principal angles, as a PNG in the run's own folder
             (``joints.run.folder``) and in every logger that shows images. Needs matplotlib.
-        pooling: how inputs of the head that are not ``(N, D)`` become so, see ``joints.features.taps.pool``.
+        pooling: how inputs of the head that are not ``(N, D)`` become so, see ``joints.features.pooling.pool``.
         target_key: where a batch keeps class indices, see ``joints.features.batches``. Online, the targets must belong
             to the features: with mixup use the exact mode, on loaders that do not mix.
         ignore_index: samples with this target are left out.
         forward: for the exact mode, ``forward(module, batch)`` that runs the network; None runs it as the module's
             own step does, see ``joints.data.ways``.
-        mask_key: where a batch keeps which tokens count ``(N, T)``, for ``pooling="mean"``, ``"max"`` or ``"tokens"``:
-            without it padding counts.
+        mask_key: where a batch keeps which tokens count ``(N, T)``, for ``pooling="mean"``, ``"max"``,
+            ``"last"`` or ``"tokens"``: without it padding counts.
         weights: for the exact mode, which weights to look at: the ``"current"`` ones, or those that are ``"averaged"``
             by an ``EMAWeightAveraging`` or another ``WeightAveraging`` of the Trainer, which validates and saves them.
     """
@@ -263,10 +265,12 @@ class GrassmannMonitor(MeasuresAtEpochEnds):
         """Features, targets (zero where a sample is left out), and which are left out."""
         if self._tap is None:
             raise RuntimeError("the monitor listens only while fitting.")
-        mask = mask_of(batch, self.mask_key)
+        mask, found = try_all(
+            lambda: mask_of(batch, self.mask_key), lambda: targets_of(batch, self.target_key), self._tap.check
+        )[:2]
         features = self._tap.take(mask)
         where = f"the targets for layer {self._label}"
-        targets = class_indices(targets_of(batch, self.target_key), len(features), where, self.pooling != "tokens")
+        targets = class_indices(found, len(features), where, self.pooling != "tokens")
         targets = targets.to(features.device)
         left_out = targets == self.ignore_index
         if self.pooling == "tokens" and mask is not None:

@@ -21,8 +21,9 @@ from lightning_feat.joints.data.ways import Forward, Ways
 from lightning_feat.joints.features.batches import TargetKey, targets_of
 from lightning_feat.joints.features.labelled_taps import LabelledTaps
 from lightning_feat.joints.features.nonfinite import NonfiniteWatch
+from lightning_feat.joints.features.pooling import Pooling
 from lightning_feat.joints.features.silence import SilenceWatch
-from lightning_feat.joints.features.taps import Pooling, Read, TapError
+from lightning_feat.joints.features.taps import Read, TapError
 from lightning_feat.joints.module.head_check import Asks, check_head, forget_check
 from lightning_feat.joints.run.averaging import WhichWeights
 from lightning_feat.joints.run.twins import callbacks_of, refuse_twin
@@ -63,7 +64,7 @@ class NeuralCollapseMonitor(MeasuresAtEpochEnds):
     Args:
         layer: dotted name of a submodule, or several; None for the input of the classifier.
         read: the ``"output"`` (default where a name is given) or the ``"input"`` of the layer.
-        pooling: how features that are not ``(N, D)`` become so, see ``joints.features.taps.pool``.
+        pooling: how features that are not ``(N, D)`` become so, see ``joints.features.pooling.pool``.
         num_classes: number of classes; None takes that of the classifier.
         mode: see above.
         data: for the exact mode, the ``"train"`` data, the ``"val"`` data (logged as ``neural_collapse_val/...``), or
@@ -93,8 +94,8 @@ class NeuralCollapseMonitor(MeasuresAtEpochEnds):
             ``callbacks.neural_collapse.table``; W&B, MLflow and Comet get it, too, when fitting ends. None where there
             is a logger; True also without, into ``default_root_dir``.
         thresholds: see :class:`CollapseThreshold`.
-        mask_key: where a batch keeps which tokens count ``(N, T)``, for ``pooling="mean"``, ``"max"`` or ``"tokens"``:
-            without it padding counts.
+        mask_key: where a batch keeps which tokens count ``(N, T)``, for ``pooling="mean"``, ``"max"``,
+            ``"last"`` or ``"tokens"``: without it padding counts.
         weights: for the exact mode, which weights to look at: the ``"current"`` ones, or those that are ``"averaged"``
             by an ``EMAWeightAveraging`` or another ``WeightAveraging`` of the Trainer, which validates and saves them.
     """
@@ -182,6 +183,8 @@ class NeuralCollapseMonitor(MeasuresAtEpochEnds):
         self.nonfinite.reset()
         self.silence.begin()
         self.taps.attach(pl_module)
+        if self.num_classes is None:
+            self.taps.count_classes(pl_module)  # what cannot be seen is asked for now
         if self.taps.head is not None:
             named = self.taps.classifier is not None
             asks = Asks(self.state_key, (self.taps.head[0],), "classifier", only_reads=True, named=named)

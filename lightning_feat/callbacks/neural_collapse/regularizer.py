@@ -15,7 +15,8 @@ from lightning_feat.functional.neural_collapse.losses import (
 )
 from lightning_feat.joints.features.batches import TargetKey
 from lightning_feat.joints.features.heads import find_classifier
-from lightning_feat.joints.features.taps import FeatureTap, Pooling, Read
+from lightning_feat.joints.features.pooling import Pooling
+from lightning_feat.joints.features.taps import FeatureTap, Read
 from lightning_feat.joints.loss.regularizer import Regularizer
 from lightning_feat.joints.loss.terms import FeatureLossTerm, LossTerm, Weight, WeightSchedule
 from lightning_feat.joints.module.wraps import add_link, overrides, remove_link
@@ -59,12 +60,12 @@ class NeuralCollapseRegularizer(Regularizer):
         seed: draws the means, normally distributed as in the paper, from a generator of its own.
         layer: dotted name of a submodule; None for the input of the classifier.
         read: the ``"output"`` or the ``"input"`` of that layer.
-        pooling: how features that are not ``(N, D)`` become so, see ``joints.features.taps.pool``.
+        pooling: how features that are not ``(N, D)`` become so, see ``joints.features.pooling.pool``.
         target_key: where a batch keeps the class indices, see ``joints.features.batches.targets_of``.
         ignore_index: samples with this target are left out.
         backward_index: with manual optimization, which ``manual_backward`` of a step the terms join, from 0.
-        mask_key: where a batch keeps which tokens count ``(N, T)``, for ``pooling="mean"``, ``"max"`` or ``"tokens"``:
-            without it padding counts.
+        mask_key: where a batch keeps which tokens count ``(N, T)``, for ``pooling="mean"``, ``"max"``,
+            ``"last"`` or ``"tokens"``: without it padding counts.
     """
 
     @checked

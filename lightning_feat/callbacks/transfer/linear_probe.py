@@ -25,9 +25,10 @@ from lightning_feat.joints.data.shared_pass import Again, read_clean
 from lightning_feat.joints.data.ways import Forward, Ways
 from lightning_feat.joints.features.batches import TargetKey, class_indices, mask_of, targets_of
 from lightning_feat.joints.features.nonfinite import NonfiniteWatch
-from lightning_feat.joints.features.taps import FeatureTap, Pooling, Read
-from lightning_feat.joints.run.averaging import WhichWeights
+from lightning_feat.joints.features.pooling import Pooling
+from lightning_feat.joints.features.taps import FeatureTap, Read
 from lightning_feat.joints.module.head_check import check_found, forget_check
+from lightning_feat.joints.run.averaging import WhichWeights
 from lightning_feat.joints.run.twins import refuse_twin
 
 _Loaders = dict[Literal["train", "val", "test"], Any]
@@ -51,7 +52,7 @@ class LinearProbe(MeasuresAtEpochEnds):
     Args:
         layer: dotted name of a submodule; None for the input of the classifier.
         read: the ``"output"`` (default where a name is given) or the ``"input"`` of the layer.
-        pooling: how features that are not ``(N, D)`` become so, see ``joints.features.taps.pool``.
+        pooling: how features that are not ``(N, D)`` become so, see ``joints.features.pooling.pool``.
         data: a datamodule whose training, validation and test loaders to use. Its batches are converted and moved as
             those of the run.
         train: or loaders: to fit on,
@@ -64,8 +65,8 @@ class LinearProbe(MeasuresAtEpochEnds):
         target_key: where a batch keeps class indices, see ``joints.features.batches``.
         ignore_index: samples with this target are left out, and so are those with a target below zero, which say that
             there is no label.
-        mask_key: where a batch keeps which tokens count ``(N, T)``, for ``pooling="mean"``, ``"max"`` or ``"tokens"``:
-            without it padding counts.
+        mask_key: where a batch keeps which tokens count ``(N, T)``, for ``pooling="mean"``, ``"max"``,
+            ``"last"`` or ``"tokens"``: without it padding counts.
         forward: ``forward(module, batch)`` that runs the network; None runs it as the module's own step does, see
             ``joints.data.ways``.
         weights: which weights to look at: the ``"current"`` ones, or those that are

@@ -44,7 +44,8 @@ def check_target_range(targets: Tensor, num_classes: int) -> None:
     if largest >= num_classes:
         raise ValueError(
             f"a target is {largest} but num_classes={num_classes}: set num_classes to at least {largest + 1}, "
-            f"counting classes that this batch does not hold."
+            f"counting classes that this batch does not hold; or, if {largest} marks what has no label, leave such "
+            f"samples out (of a callback: ignore_index={largest})."
         )
     if smallest < 0:
         raise ValueError(

@@ -12,6 +12,7 @@ from torch import Tensor
 TargetKey: TypeAlias = int | Callable[[Any], Tensor] | str | None
 
 TARGET_NAMES = ("label", "labels", "target", "targets", "y")
+_MAPS = ("mask", "masks")  # of segmentation: a class for each position; not of tokens, which has two axes
 
 
 def targets_of(batch: Any, target_key: TargetKey = None, argument: str = "target_key") -> Tensor:
@@ -21,7 +22,7 @@ def targets_of(batch: Any, target_key: TargetKey = None, argument: str = "target
         batch: what the data loader gives.
         target_key: a position in a tuple or list, a key of a dict, an attribute, or a function of the batch. None
             looks for ``label(s)``, ``target(s)`` or ``y`` in a dict, the second entry of a tuple or list, an
-            attribute of those names.
+            attribute of those names; and else for ``mask(s)`` that hold a class index for each position of a map.
         argument: what the user knows the key as, for an error: masks and indices are looked up in the same way.
 
     Raises:
@@ -131,11 +132,13 @@ def _entry(batch: Any, key: int | str, argument: str) -> Any:
 def _guess(batch: Any) -> Any:
     if isinstance(batch, Mapping):
         found = [batch[name] for name in TARGET_NAMES if name in batch]
+        found = found or [batch[name] for name in _MAPS if name in batch and _is_map(batch[name])]
     elif isinstance(batch, (tuple, list)) and not hasattr(batch, "_fields"):
         nested = len(batch) > 0 and isinstance(batch[0], (tuple, list)) and len(batch[0]) > 1
         found = [] if nested else [*batch[1:2]]  # ((x, y), index): the second entry is no target
     else:
         found = [getattr(batch, name) for name in TARGET_NAMES if hasattr(batch, name)]
+        found = found or [getattr(batch, name) for name in _MAPS if _is_map(getattr(batch, name, None))]
     if len(found) != 1:
         what = "no targets" if not found else "several entries that could be the targets"
         raise ValueError(
@@ -143,6 +146,10 @@ def _guess(batch: Any) -> Any:
             "function of the batch."
         )
     return found[0]
+
+
+def _is_map(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 2 and not value.is_floating_point() and value.dtype != torch.bool
 
 
 _MOST = 8  # entries of a tuple to name

@@ -102,10 +102,17 @@ def head_sizes(head: nn.Module) -> tuple[int | None, int | None]:
 
 def _question(module: nn.Module, candidates: list[Named], plainly: bool, argument: str) -> str:
     found = ", ".join(f"{name} ({type(part).__name__})" for name, part in candidates[-8:])
+    maps = candidates and all(isinstance(part, _CONVOLUTIONS) for _, part in candidates)
+    more = ""
+    if maps and argument in ("classifier", "layer` with `read='input'"):  # of callbacks that let one choose it
+        more = (
+            " What it gets are maps: choose a pooling, too; 'tokens' where each position has a target, with the "
+            "ignore_index of those that have none."
+        )
     return (
         f"{type(module).__name__} has "
         f"{'several layers that could be' if plainly else 'no layer that is plainly'} the "
-        f"classifier{': ' + found if found else ''}. Say which one by its dotted name (argument `{argument}`)."
+        f"classifier{': ' + found if found else ''}. Say which one by its dotted name (argument `{argument}`).{more}"
     )
 
 

@@ -5,9 +5,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_feat.joints.features.at_once import try_all
 from lightning_feat.joints.features.batches import TargetKey, class_indices, mask_of, targets_of
 from lightning_feat.joints.features.heads import find_classifier, head_sizes
-from lightning_feat.joints.features.taps import FeatureTap, Pooling, Read, TapError, find_layer
+from lightning_feat.joints.features.pooling import Pooling
+from lightning_feat.joints.features.taps import FeatureTap, Read, TapError, find_layer
 
 
 class Labelled(NamedTuple):
@@ -38,11 +40,11 @@ class LabelledTaps:
     Args:
         layers: dotted names; None for the input of the classifier.
         read: the ``"output"`` or the ``"input"`` of the layers.
-        pooling: see ``joints.features.taps.pool``.
+        pooling: see ``joints.features.pooling.pool``.
         classifier: dotted name of the classifier where it cannot be found.
         target_key: where a batch keeps its targets, see ``joints.features.batches``.
         ignore_index: samples with this target are left out.
-        mask_key: where a batch keeps which tokens count ``(N, T)``, see ``joints.features.taps.pool``.
+        mask_key: where a batch keeps which tokens count ``(N, T)``, see ``joints.features.pooling.pool``.
 
     Attributes:
         head: name and layer of the classifier, once attached; None where there is none to be found.
@@ -72,7 +74,8 @@ class LabelledTaps:
         self.remove()
         self.head = self._find_head(module)
         if self.head is not None:
-            pooling = self.taps[0].pooling if self.taps[0].pooling == "tokens" else None  # it classifies each token
+            each = self.taps[0].pooling in ("tokens", "first", "last")  # it classifies each token, or one that is taken
+            pooling = self.taps[0].pooling if each else None
             self._head_taps = [FeatureTap(self.head[0], read, pooling) for read in ("input", "output")]
         for tap in self.all_taps:
             tap.attach(module)
@@ -99,10 +102,13 @@ class LabelledTaps:
             TapError: if a layer did not run.
             ValueError: if there are no targets, or they or the mask do not fit the features.
         """
-        mask = mask_of(batch, self.mask_key)
+        mask, targets = try_all(
+            lambda: mask_of(batch, self.mask_key),
+            lambda: targets_of(batch, self.target_key),
+            *(tap.check for tap in self.taps),
+        )[:2]
         features = [tap.take(mask) for tap in self.taps]
-        inputs, logits = self._take_head()
-        targets = targets_of(batch, self.target_key)
+        inputs, logits = self._take_head(mask)
         soft = targets.ndim == 2 and targets.is_floating_point()
         labelled, kept_logits = {}, None
         for label, tap, h in zip(self.labels, self.taps, features, strict=True):
@@ -138,9 +144,9 @@ class LabelledTaps:
             f"{type(module).__name__} has no classifier that shows the number of classes: set num_classes."
         )
 
-    def _take_head(self) -> tuple[Tensor | None, Tensor | None]:
+    def _take_head(self, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         try:
-            inputs, logits = (tap.take() for tap in self._head_taps)
+            inputs, logits = (tap.take(mask) for tap in self._head_taps)
         except (TapError, ValueError):  # it has none, it did not run, or it works on maps
             return None, None
         return inputs, logits

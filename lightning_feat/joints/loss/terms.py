@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_feat.arguments import check_fields
+from lightning_feat.joints.features.at_once import try_all
 from lightning_feat.joints.features.batches import TargetKey, class_indices, mask_of, targets_of
 from lightning_feat.joints.features.taps import FeatureTap
 
@@ -144,7 +145,7 @@ class FeatureLossTerm(LossTerm):
         tap: where the features come from; it must keep the graph.
         target_key: where a batch keeps the targets, see ``targets_of``.
         ignore_index: samples with this target are left out. With no sample left the term is zero.
-        mask_key: where a batch keeps which tokens count ``(N, T)``, see ``joints.features.taps.pool``.
+        mask_key: where a batch keeps which tokens count ``(N, T)``, see ``joints.features.pooling.pool``.
     """
 
     def __init__(
@@ -168,7 +169,12 @@ class FeatureLossTerm(LossTerm):
         self.takes_targets = _takes_two(loss)
 
     def value(self, module: LightningModule, batch: Any) -> Tensor:
-        features = self.tap.take(mask_of(batch, self.mask_key))
+        mask, targets = try_all(
+            lambda: mask_of(batch, self.mask_key),
+            lambda: targets_of(batch, self.target_key) if self.takes_targets else None,
+            self.tap.check,
+        )[:2]
+        features = self.tap.take(mask)
         if not (features.requires_grad or self._told):
             self._told = True
             rank_zero_warn(
@@ -183,7 +189,7 @@ class FeatureLossTerm(LossTerm):
             features = features if counts is None else features[counts]
             return self.loss(features) if len(features) else features.sum()
         targets = class_indices(
-            targets_of(batch, self.target_key),
+            targets,
             len(features),
             f"the targets of {self.key}",
             views=self.tap.pooling != "tokens",

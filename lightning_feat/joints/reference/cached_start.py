@@ -14,7 +14,8 @@ from lightning_feat.joints.data.passes import clean_batches, clean_loader, run_f
 from lightning_feat.joints.data.trace import without_trace
 from lightning_feat.joints.data.ways import Forward, Ways
 from lightning_feat.joints.features.batches import TargetKey, targets_of
-from lightning_feat.joints.features.taps import Pooling, Read
+from lightning_feat.joints.features.pooling import Pooling
+from lightning_feat.joints.features.taps import Read
 from lightning_feat.joints.reference.hearing import ComparedTap, silence
 
 _MOST_APART = 0.01  # share of their length by which cached features may differ: rounding, in another batch, of bfloat16
@@ -34,7 +35,7 @@ class CachedStart:
     Args:
         layers: dotted names; None for the input of the classifier.
         read: the ``"output"`` or the ``"input"`` of the layers.
-        pooling: see ``joints.features.taps.pool``.
+        pooling: see ``joints.features.pooling.pool``.
         index_key: where a batch keeps the index of each example, int64 ``(N,)``: see ``joints.features.batches``.
         dtype: ``"float16"`` or ``"float32"``; values beyond 65504 need the latter.
         forward: ``forward(module, batch)`` that runs the network.

@@ -7,7 +7,8 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lightning_feat.joints.features.batches import TargetKey, targets_of
-from lightning_feat.joints.features.taps import FeatureTap, Pooling, Read
+from lightning_feat.joints.features.pooling import Pooling
+from lightning_feat.joints.features.taps import FeatureTap, Read
 from lightning_feat.joints.reference.frozen_start import FrozenStart
 from lightning_feat.joints.reference.hearing import READS_INPUT, ComparedTap
 
@@ -43,7 +44,7 @@ class Comparison:
         layers: dotted names; None for the input of the classifier.
         reference: gives the features of the same layers.
         read: the ``"output"`` or the ``"input"`` of the layers.
-        pooling: see ``joints.features.taps.pool``; that of the reference.
+        pooling: see ``joints.features.pooling.pool``; that of the reference.
         mask_key: where a batch keeps which tokens count, bool or 0 and 1, ``(N, T)``: see ``joints.features.batches``.
         keep_graph: keep the features differentiable, and hear only passes with gradient.
     """

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from lightning_feat.joints.data.trace import silent_log, without_trace
 from lightning_feat.joints.data.ways import Forward, Ways, forward_inputs
 from lightning_feat.joints.features.heads import forget_compiled_code
-from lightning_feat.joints.features.taps import Ear, FeatureTap, Pooling, Read, TapError, find_layer
+from lightning_feat.joints.features.pooling import Pooling
+from lightning_feat.joints.features.taps import Ear, FeatureTap, Read, TapError, find_layer
 from lightning_feat.joints.reference.frozen_copy import FrozenCopy
 from lightning_feat.joints.reference.hearing import AskedTap, find_compared, precision_of, silence
 
@@ -29,7 +30,7 @@ class FrozenStart:
     Args:
         layers: dotted names; None for the input of the classifier.
         read: the ``"output"`` or the ``"input"`` of the layers.
-        pooling: see ``joints.features.taps.pool``.
+        pooling: see ``joints.features.pooling.pool``.
         trunk: dotted name of the submodule to copy; ``""`` for the whole module. None takes the child of the module
             that holds all layers, and the whole module where there is none or ``forward`` is given.
         forward: ``forward(module, batch)``, for a copy of the whole module; None runs it as the module's own step does,

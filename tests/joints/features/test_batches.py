@@ -25,6 +25,16 @@ def test_targets_are_found_in_every_usual_form(batch):
     assert targets_of(batch) is Y
 
 
+def test_masks_of_segmentation_are_targets_where_nothing_else_is():
+    maps = torch.zeros(4, 5, 5, dtype=torch.long)
+    assert targets_of({"image": X, "mask": maps}) is maps
+    assert targets_of(namedtuple("Sample", "image masks")(X, maps)) is maps
+    assert targets_of({"image": X, "mask": maps, "label": Y}) is Y
+    for padding in (torch.ones(4, 5, dtype=torch.long), maps.bool(), maps.float()):  # of tokens, or no classes
+        with pytest.raises(ValueError, match="found no targets"):
+            targets_of({"image": X, "mask": padding})
+
+
 @pytest.mark.parametrize(
     ("batch", "key"),
     [((Y, X), 0), ({"fine": Y, "label": X}, "fine"), (Example(X, Y), "target"), ((X, {"a": Y}), lambda b: b[1]["a"])],

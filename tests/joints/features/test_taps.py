@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_feat.joints.features.taps import FeatureTap, TapError, find_layer, pool
+from lightning_feat.joints.features.taps import FeatureTap, TapError, find_layer
 from tests.helpers import Plain
 
 X = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
@@ -146,72 +146,11 @@ def test_a_tap_that_comes_after_compilation_is_heard(style):
         tap.take()
 
 
-TOKENS, MAPS = torch.randn(2, 3, 4), torch.randn(2, 4, 3, 5)
-
-
-@pytest.mark.parametrize(
-    ("features", "pooling", "expected"),
-    [
-        (X, None, X),
-        (X[:, :, None, None], None, X),
-        (TOKENS, "mean", TOKENS.mean(1)),
-        (TOKENS, "max", TOKENS.amax(1)),
-        (TOKENS, "first", TOKENS[:, 0]),
-        (TOKENS, "flatten", TOKENS.reshape(2, 12)),
-        (TOKENS, "tokens", TOKENS.reshape(6, 4)),
-        (MAPS, "mean", MAPS.mean((2, 3))),
-        (MAPS, "max", MAPS.amax((2, 3))),
-        (MAPS, "flatten", MAPS.reshape(2, 60)),
-        (MAPS, "tokens", MAPS.permute(0, 2, 3, 1).reshape(30, 4)),
-        (MAPS, "channels_last_mean", MAPS.mean((1, 2))),
-    ],
-)
-def test_pooling(features, pooling, expected):
-    torch.testing.assert_close(pool(features, pooling), expected)
-
-
-@pytest.mark.parametrize(
-    ("features", "pooling", "text"),
-    [
-        (TOKENS, None, "shape \\(2, 3, 4\\) with pooling=None.*'first'"),
-        (MAPS, None, "'channels_last_mean'"),
-        (MAPS, "first", "pooling='first'"),
-        (torch.zeros(2, 2, 2, 2, 2), "mean", "name another layer"),
-    ],
-)
-def test_a_pooling_that_is_missing_or_does_not_fit(features, pooling, text):
-    with pytest.raises(ValueError, match=text):
-        pool(features, pooling)
-
-
 def test_unknown_options_are_refused():
     with pytest.raises(ValueError, match="read='outputs'"):
         FeatureTap(read="outputs")
     with pytest.raises(ValueError, match="pooling='avg'"):
         FeatureTap(pooling="avg")
-
-
-MASK = torch.tensor([[1, 1, 0], [0, 0, 0]])
-
-
-def test_padding_is_in_no_pool():
-    padded = TOKENS.clone()
-    padded[~MASK.bool()] = torch.nan
-    torch.testing.assert_close(pool(padded, "mean", mask=MASK)[0], TOKENS[0, :2].mean(0))
-    torch.testing.assert_close(pool(padded, "max", mask=MASK)[0], TOKENS[0, :2].amax(0))
-    assert not pool(padded, "mean", mask=MASK)[1].any()  # a sample of padding alone
-    assert not pool(padded, "max", mask=MASK)[1].any()
-    with pytest.raises(ValueError, match=r"gives \(2, 3\) tokens, but the mask is \(2, 2\): set mask_key"):
-        pool(TOKENS, "mean", mask=MASK[:, :2])
-
-
-@pytest.mark.parametrize("mask", [None, torch.ones(1, 4096)])
-def test_a_mean_of_half_precision_is_taken_in_float32(mask):
-    many = (1 + torch.arange(4096) % 2 / 128).bfloat16()[None, :, None]  # in bfloat16 the mean would be 1 or 1.0078
-    mean = pool(many, "mean", mask=mask)
-    assert mean.dtype == torch.float32
-    torch.testing.assert_close(mean, torch.full((1, 1), 1 + 1 / 256))
-    assert pool(many.half(), "mean").dtype == torch.float32
 
 
 class Checkpoints(nn.Module):
