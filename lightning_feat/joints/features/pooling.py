@@ -77,7 +77,7 @@ def check_pooling(features: Tensor, pooling: Pooling | None, where: str = "the l
         )
 
 
-def _pool_masked(tokens_NTD: Tensor, pooling: Pooling, mask: Tensor, where: str) -> Tensor:
+def _pool_masked(tokens_NTD: Tensor, pooling: Pooling | None, mask: Tensor, where: str) -> Tensor:
     if mask.shape != tokens_NTD.shape[:2]:
         raise ValueError(
             f"{where} gives {tuple(tokens_NTD.shape[:2])} tokens, but the mask is {tuple(mask.shape)}: set mask_key to "
