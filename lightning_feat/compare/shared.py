@@ -59,7 +59,7 @@ def pairing_report(records: Sequence[Record], base: str) -> list[str]:
         shared = [what for what in _ALL if what not in found]
         own = f" ({both} tensors; {lost} of {base} alone, {new} of {arm} alone)" if "first weights" in shared else ""
         said = ", ".join(what + own if what == "first weights" else what for what in shared)
-        sentence = f"{arm} shares with {base}, seed by seed: {said or 'nothing'}."
+        sentence = f"{arm} shares with {base} at the start, seed by seed: {said or 'nothing'}."
         for what, each in found.items():
             times = "" if len(each) == len(seeds) else f" in {len(each)} of {len(seeds)} seeds"
             sentence += f" Not paired{times}: {what}: {each[0]}."

@@ -88,7 +88,10 @@ def test_from_yaml_to_the_answer(files, capsys):
     assert run_compare([*command, "--folder", "out", "--metric", "val/loss", "--trainer.max_epochs", "2"]) == 0
     said = capsys.readouterr().out
     assert "head, val/loss: " in said
-    assert "head shares with base, seed by seed: first weights (2 tensors; 2 of base alone, 1 of head alone)" in said
+    assert (
+        "head shares with base at the start, seed by seed: first weights (2 tensors; 2 of base alone, 1 of head alone)"
+        in said
+    )
     assert said.count("| head | 2 |") == 1
     table = (files / "out" / "table.md").read_text()
     config = files / "out" / "runs" / "head" / "seed_1" / "config.yaml"

@@ -4,9 +4,12 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset, WeightedRandomSampler
 
+from lightning_feat.baselines import MLPClassifier
+from lightning_feat.callbacks import SimplicityBiasUpsampler
 from lightning_feat.compare import compare
 from lightning_feat.compare.running.pairing import Witness, give_generators, hash_of
 from lightning_feat.compare.shared import unpaired
+from lightning_feat.data import SpuriousDigitsDataModule
 from tests.compare import cases
 
 
@@ -30,7 +33,7 @@ def test_an_arm_that_draws_a_number_more_sees_the_same_batches(tmp_path):
     assert found == {"draws": {}}
     first = made.pairing[0]
     assert first.startswith(
-        "draws shares with base, seed by seed: first weights (2 tensors; 0 of base alone, 0 of draws"
+        "draws shares with base at the start, seed by seed: first weights (2 tensors; 0 of base alone, 0 of draws"
     )
     assert "Not paired" not in first
     assert made.effects[0].difference == 0  # the runs are the same to the last bit
@@ -50,6 +53,23 @@ def test_what_cannot_be_paired_is_told(tmp_path):
     assert found["always"].keys() == {"random numbers in training"}
     sentence = next(line for line in made.pairing if line.startswith("weights"))
     assert "Not paired: first weights: 2 of 2 tensors that both have differ" in sentence
+
+
+def test_an_arm_that_begins_again_is_judged_by_its_first_beginning(tmp_path):
+    """As with SimplicityBiasUpsampler, which looks at the first epochs and then restarts the training."""
+
+    def plain(*callbacks):
+        data = SpuriousDigitsDataModule(batch_size=64, val_fraction=0.1, test_fraction=0.7)
+        return cases.trainer(*callbacks, epochs=3), MLPClassifier(384, 10, (16,)), data
+
+    def useful():
+        return plain(SimplicityBiasUpsampler(separating_epoch=1))
+
+    made = compare({"base": plain, "useful": useful}, 1, "val/loss", folder=tmp_path, executor="inline", quiet=True)
+    prints = {record.arm: record.status["fingerprint"] for record in made.records}
+    assert "first weights" not in unpaired(prints["base"], prints["useful"])
+    assert [len(found["batches"]) for found in prints.values()] == [3, 3]
+    assert made.records[1].status["steps"] > made.records[0].status["steps"]  # it was shown more
 
 
 def test_each_epoch_has_an_order_of_its_own_and_each_seed(tmp_path, monkeypatch):

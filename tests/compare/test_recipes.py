@@ -1,11 +1,14 @@
-"""What the scripts of recipes publish comes out again from YAML arms, to the last digit."""
+"""What the scripts of recipes publish comes out again from arms."""
 
+import functools
 import runpy
 from pathlib import Path
 
 import pytest
+from lightning import seed_everything
 
 from lightning_feat.compare import YamlArm, compare
+from tests.compare import cases
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 ADAMW = """
@@ -33,3 +36,36 @@ def test_the_optimizers_of_neural_collapse(tmp_path):
         points = script["train"](record.arm, 0, 10).points
         for metric in made.question.metrics:
             assert record.value(metric) == points[metric][-1][1]
+
+
+@pytest.mark.slow
+def test_the_error_of_simplicity_bias(tmp_path):
+    script = runpy.run_path(str(RECIPES / "simplicity_bias" / "spurious_digits.py"))
+    epochs, rate, setting = 20, 0.05, script["SETTINGS"]["main"]
+
+    def arm(method, seed):
+        data = script["data_of"](setting, seed)
+        seed_everything(seed, verbose=False)
+        module = script["Perceptron"](3 * 8 * 16, script["NUM_CLASSES"], script["HIDDEN"], lr=rate)
+        trainer = cases.trainer(script["callback_for"](method, data, seed), epochs=epochs)
+        trainer.limit_val_batches = 0
+        return trainer, module, data
+
+    made = compare(
+        {method: functools.partial(arm, method) for method in ("sgd", "useful")},
+        seeds=1,
+        metrics="test/accuracy",
+        folder=tmp_path / "out",
+        executor="inline",
+        threads=1,
+        share_order=False,
+        test=True,
+        quiet=True,
+    )
+    for record in made.records:
+        data = script["data_of"](setting, 0)
+        callback = script["callback_for"](record.arm, data, 0)
+        module, _ = script["train"](data, callback, 0, epochs, rate, tmp_path)
+        probe, agrees = script["Probe"].of(data, "test"), data.variant("same", "test").agrees
+        error = script["measure"](script["network_on"](probe, module), probe, agrees)["error"]
+        assert 0 < error == pytest.approx(1 - record.value("test/accuracy"), abs=1e-6)  # one image is 1.4e-3

@@ -160,6 +160,21 @@ def test_a_thousand_studies_with_a_look_after_each_seed(arms):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("images", "base", "arm"), [(100, 0.95, 0.95), (359, 0.99, 0.99), (359, 0.97, 0.995)])
+def test_a_thousand_studies_of_an_accuracy_near_its_end(images, base, arm):
+    """Counts of images, with ties and skew: no normal distribution, and the intervals hold all the same."""
+    rng = np.random.default_rng(50)
+    hold = []
+    for _ in range(1000):
+        shares = {name: (rng.binomial(images, p, 5) / images).tolist() for name, p in (("base", base), ("arm", arm))}
+        (effect,) = effects_of(runs(**shares), Question("base", ("val/accuracy",)))
+        if effect.interval is not None:
+            hold.append(effect.interval.low <= arm - base <= effect.interval.high)
+    assert len(hold) > 980
+    assert np.mean(hold) >= 0.95 - sampling_error(len(hold))
+
+
+@pytest.mark.slow
 def test_looking_with_the_interval_of_one_look_would_not_hold():
     """What the rule is for: were it dropped, the test above would fail."""
     rng = np.random.default_rng(40)

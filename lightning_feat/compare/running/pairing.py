@@ -58,11 +58,13 @@ class Witness(Callback):
         self.fingerprint: dict[str, Any] = {"weights": {}, "batches": [], "targets": [], "generators": []}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.fingerprint["weights"]:
+            return  # a method that restarts the training
         self.fingerprint["weights"] = {name: hash_of(p) for name, p in pl_module.named_parameters()}
         self.fingerprint["training batches"] = str(trainer.num_training_batches)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if trainer.current_epoch > 0 or batch_idx >= FIRST_BATCHES:
+        if trainer.current_epoch > 0 or len(self.fingerprint["batches"]) >= FIRST_BATCHES:
             return
         leaves = tree_leaves(batch)
         whole = [leaf for leaf in leaves if not isinstance(leaf, Tensor) or not leaf.is_floating_point()]
