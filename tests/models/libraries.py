@@ -1,8 +1,10 @@
 """The models of other libraries by families, built on the ``meta`` device: their layers, and no weights."""
 
 import contextlib
+import functools
 import io
 import logging
+import re
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -22,6 +24,7 @@ class Model(NamedTuple):
     family: str
     build: Callable[[], nn.Module]
     inputs: Callable[[nn.Module], Any]  # what forward gets, on meta
+    is_clip: bool = False  # two towers, to be prompted, and no classifier
 
 
 @contextlib.contextmanager
@@ -89,6 +92,15 @@ def torchvision_models() -> list[Model]:
     return found
 
 
+def _shortened(config: Any) -> Any:
+    for part in (config, *(v for v in vars(config).values() if hasattr(v, "num_hidden_layers"))):
+        for layers in ("num_hidden_layers", "encoder_layers", "decoder_layers", "n_layer"):
+            if isinstance(getattr(part, layers, None), int):
+                with contextlib.suppress(Exception):
+                    setattr(part, layers, 2)
+    return config
+
+
 def transformers_models() -> list[Model]:
     """The classes of transformers that classify images, texts, sounds and videos; each is a family."""
     import transformers
@@ -102,12 +114,7 @@ def transformers_models() -> list[Model]:
             for name in names if isinstance(names, (tuple, list)) else (names,):
 
                 def build(name: str = name, config_name: Any = config_name) -> nn.Module:
-                    config = getattr(transformers, config_name)()
-                    for part in (config, *(v for v in vars(config).values() if hasattr(v, "num_hidden_layers"))):
-                        for layers in ("num_hidden_layers", "encoder_layers", "decoder_layers", "n_layer"):
-                            if isinstance(getattr(part, layers, None), int):
-                                with contextlib.suppress(Exception):
-                                    setattr(part, layers, 2)
+                    config = _shortened(getattr(transformers, config_name)())
                     config.num_labels = NUM_CLASSES
                     model: nn.Module = getattr(transformers, name)(config)
                     return model
@@ -116,7 +123,53 @@ def transformers_models() -> list[Model]:
     return found
 
 
-LIBRARIES = {"timm": timm_models, "torchvision": torchvision_models, "transformers": transformers_models}
+_NOT_SIZES = ("SigLIP2", "SigLIP", "CLIPA", "worldwide")
+
+
+def open_clip_models() -> list[Model]:
+    """Of open_clip; a family is what a name begins with, or says of the way texts are read."""
+    import open_clip
+
+    def build(name: str) -> nn.Module:
+        model: nn.Module = open_clip.create_model(name, load_weights=False, device="meta")
+        return model
+
+    found = []
+    for name in open_clip.list_models():
+        if "hf_model_name" in open_clip.get_model_config(name)["text_cfg"]:
+            continue  # its text tower is described by a file of the hub
+        family = next((word for word in _NOT_SIZES if f"-{word}" in name), re.split(r"[-_]|(?<=RN)|(?<=EVA)", name)[0])
+        found.append(Model(name, family, functools.partial(build, name), lambda network: None, is_clip=True))
+    return found
+
+
+def clip_models() -> list[Model]:
+    """The classes of transformers that compare images and texts; each is a family."""
+    import transformers
+    from transformers.models.auto import configuration_auto, modeling_auto
+
+    def build(name: str, config_name: str) -> nn.Module:
+        config = _shortened(getattr(transformers, config_name)())
+        model: nn.Module = getattr(transformers, name)(config)
+        return model
+
+    kinds = modeling_auto.MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES
+    named = {names if isinstance(names, str) else names[0]: kind for kind, names in kinds.items()}
+    named["CLIPSegForImageSegmentation"] = "clipseg"
+    found = []
+    for name, kind in named.items():
+        make = functools.partial(build, name, configuration_auto.CONFIG_MAPPING_NAMES[kind])
+        found.append(Model(name, name, make, lambda network: None, is_clip=True))
+    return found
+
+
+LIBRARIES = {
+    "timm": timm_models,
+    "torchvision": torchvision_models,
+    "transformers": transformers_models,
+    "open_clip": open_clip_models,
+    "transformers, of images and texts": clip_models,
+}
 
 
 _SMALL = (

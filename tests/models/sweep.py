@@ -20,7 +20,12 @@ Written by `make sweep`, which builds the models without weights and asks each f
 `NeuralCollapseMonitor` and the regularizers read its input. *asked*: several layers could be it, and one must be named.
 *none*: there is no classifier, as in a detector. *made by*: other layers make the output too, or come after it, so that
 the head callbacks refuse the model in the first training step, and monitors warn. *stays*: it is read, but not
-replaced. *not built*: it needs files or arguments that the sweep has not.
+replaced. *not built*: it needs files or arguments that the sweep has not. Of *several* with a plus between them the
+model averages the logits, and they are replaced together, which the first training step checks.
+
+Of models of images and texts the page says what `PromptLearner` does: the position of the first word, which prompts
+replace, and where the text is read; and of the image tower whether it takes prompts. A module's tokenizer, or
+`start_token=`, has the last word about the start. *Layers are asked for*: by the argument `layers`.
 """
 
 HERE = Path(__file__).parent
@@ -50,7 +55,8 @@ def page(table: dict[str, dict[str, list[str]]]) -> str:
     """docs/models.md."""
     lines = [_HEADER]
     for library, families in table.items():
-        lines += [f"## {library}", "", "| family | layer |", "| --- | --- |"]
+        what = "towers" if library in ("open_clip", "transformers, of images and texts") else "layer"
+        lines += [f"## {library}", "", f"| family | {what} |", "| --- | --- |"]
         lines += [f"| {family} | {'; '.join(answers)} |" for family, answers in families.items()]
         lines.append("")
     return "\n".join(lines)

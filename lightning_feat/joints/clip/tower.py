@@ -84,6 +84,7 @@ class TextTower(_Tower):
     """The text tower; its positions are 0 for SOS, if there is one, then the words, EOS, and padding.
 
     Attributes:
+        reading: how it reads a text.
         first_word: position of the first word.
     """
 
@@ -91,15 +92,15 @@ class TextTower(_Tower):
 
     def __init__(self, places: Places, batch_first: bool | None, reading: Reading) -> None:
         super().__init__(places, batch_first)
-        self._reading, self.first_word = reading, reading.start
+        self.reading, self.first_word = reading, reading.start
 
     def say(self, eos_token_id: int | None = None, start_token: bool | None = None) -> None:
         """Say at which id texts are read, and whether they begin with a token that is no word; None: as it is."""
         if eos_token_id is not None:
-            self._reading = self._reading._replace(end=eos_token_id)
+            self.reading = self.reading._replace(end=eos_token_id)
         if start_token is not None:
-            self._reading = self._reading._replace(start=int(start_token))
-        self.first_word = self._reading.start
+            self.reading = self.reading._replace(start=int(start_token))
+        self.first_word = self.reading.start
 
     def on_embeddings(self, hook: Call, slots: int = 0) -> HookHandle:
         """Call ``hook(tokens)`` on the word embeddings, before positions are added.
@@ -109,25 +110,25 @@ class TextTower(_Tower):
         one must wait for the device; not in compiled code.
         """
         root = self._places.root
-        return hook_output(root, self._words(), _WordHook(hook, self._order, self._reading, slots, root))
+        return hook_output(root, self._words(), _WordHook(hook, self._order, self.reading, slots, root))
 
     def eos_positions(self, token_ids: Tensor) -> Tensor:
         """Positions ``(N,)`` at which the tower reads the features of the texts ``(N, L)``; L where it appends a token
         to read them from.
         """
-        return self._reading.positions(token_ids)
+        return self.reading.positions(token_ids)
 
     def comparable_tokens(self, token_ids: Tensor, num_prompts: int = 0) -> Tensor:
         """Mask ``(N, L)`` of the tokens that mean the same with learned prompts as without: SOS, the words after the
         prompts, EOS; not where prompts stand in place of words, and not the padding, unless the features are read with
         it. ``(N, L + 1)`` where the tower appends a token.
         """
-        return self._reading.comparable(token_ids, num_prompts)
+        return self.reading.comparable(token_ids, num_prompts)
 
     def word_embeddings(self, token_ids: Tensor, length: int) -> Tensor:
         """Embeddings ``(length, D)`` of the first words of a text ``(L,)``, without gradient."""
         ids = token_ids.reshape(-1)
-        known = self._reading.count_words(ids)
+        known = self.reading.count_words(ids)
         if known < length:
             raise ValueError(
                 f"the template has {known} words, fewer than the {length} prompts: lengthen it, or start at random."
