@@ -18,7 +18,7 @@ from lightning_feat.callbacks.neural_collapse import (
     SimplexETFHead,
 )
 from lightning_feat.callbacks.reports import CurvePlotter, MetricHistory, Panel, SummaryTable
-from lightning_feat.callbacks.simplicity_bias import SimplicityBiasUpsampler
+from lightning_feat.callbacks.simplicity_bias import SharpnessAwareMinimization, SimplicityBiasUpsampler
 from lightning_feat.callbacks.transfer import LinearProbe
 from lightning_feat.joints.loss.regularizer import Regularizer
 from lightning_feat.joints.loss.terms import WeightSchedule
@@ -42,6 +42,7 @@ __all__ = [
     "PromptLearner",
     "RegressionCollapseMonitor",
     "Regularizer",
+    "SharpnessAwareMinimization",
     "SimplexETFHead",
     "SimplicityBiasUpsampler",
     "SummaryTable",

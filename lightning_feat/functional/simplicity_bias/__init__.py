@@ -20,12 +20,14 @@ from lightning_feat.functional.simplicity_bias.reliance import (
     shortcut_bias,
     slow_feature_accuracy,
 )
+from lightning_feat.functional.simplicity_bias.sharpness import adaptive_scales, sharpness_step
 
 __all__ = [
     "SelectionQuality",
     "SlowExamples",
     "TwoMeans",
     "accuracy",
+    "adaptive_scales",
     "binary_auc",
     "block_randomized",
     "feature_reliance",
@@ -36,6 +38,7 @@ __all__ = [
     "random_examples",
     "selection_quality",
     "separating_epoch",
+    "sharpness_step",
     "shortcut_bias",
     "slow_examples",
     "slow_feature_accuracy",

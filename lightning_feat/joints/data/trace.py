@@ -34,7 +34,7 @@ def without_trace(trainer: Trainer, module: LightningModule) -> Iterator[None]:
     try:
         trainer.state.stage = RunningStage.VALIDATING  # a hook of the module that mixes training batches asks for it
         module.eval()
-        with isolate_rng(), torch.no_grad(), _unheard(trainer, module):
+        with isolate_rng(), torch.no_grad(), unheard(trainer, module):
             yield
     finally:
         trainer.state.stage = stage
@@ -44,7 +44,7 @@ def without_trace(trainer: Trainer, module: LightningModule) -> Iterator[None]:
 
 
 @contextmanager
-def _unheard(trainer: Trainer, module: LightningModule) -> Iterator[None]:
+def unheard(trainer: Trainer, module: LightningModule) -> Iterator[None]:
     """Nothing inside is logged."""
     loggers: list[Any] = trainer.loggers
     with ExitStack() as stack:
@@ -128,10 +128,9 @@ class _Numbers:
         self.copy = data.to("cpu", copy=True) if data.nbytes > _LARGE else data.clone()
 
     def put_back(self) -> bool:
-        if self.tensor._version == self.version:
-            return False
-        self.tensor.detach().copy_(self.copy)
-        return True
+        # Whatever the version says: BatchNorm writes its statistics without counting. Nor does this count.
+        self.tensor.data.copy_(self.copy)
+        return self.tensor._version != self.version
 
 
 class _Entries:

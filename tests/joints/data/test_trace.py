@@ -85,6 +85,26 @@ def test_a_pass_leaves_no_trace_in_what_a_forward_writes(tmp_path, make):
     assert logged.count("\n") == (tmp_path / "plain/lightning_logs/version_0/metrics.csv").read_text().count("\n")
 
 
+def test_statistics_of_a_network_that_stays_in_training_mode_are_put_back(tmp_path):
+    """BatchNorm writes them in place, without counting a version of the tensor."""
+
+    class Stubborn(Plain):
+        def __init__(self):
+            super().__init__()
+            self.norm = torch.nn.BatchNorm1d(4)
+
+        def forward(self, x):
+            return super().forward(self.norm.train()(x))
+
+    def statistics(*callbacks):
+        pl.seed_everything(0)
+        module = Stubborn()
+        trainer(tmp_path, callbacks=list(callbacks), max_epochs=2).fit(module, loader(32))
+        return [*module.norm.buffers()]
+
+    assert equal(statistics(NeuralCollapseMonitor(mode="exact")), statistics())
+
+
 def test_loggers_hear_nothing_inside_a_pass(tmp_path):
     heard = []
 
