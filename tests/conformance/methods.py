@@ -22,6 +22,7 @@ from lightning_feat.functional.neural_collapse.losses import (
     within_class_pull,
 )
 from lightning_feat.functional.simplicity_bias.clusters import slow_examples
+from lightning_feat.functional.simplicity_bias.sharpness import sharpness_step
 from lightning_feat.layers import DeepPrompts, GrassmannLinear, SimplexETF
 from tests.conformance.expected import measured
 from tests.conformance.modules import NUM_CLASSES, WIDTH
@@ -62,6 +63,10 @@ class Method:
     def loss(self, module: Any, loss: Tensor, features: Tensor, targets: Tensor, batch_idx: int) -> Tensor:
         """The loss with what is to be added."""
         return loss
+
+    def closure(self, optimizer: Any, closure: Any) -> Any:
+        """What the optimizer gets in the place of its closure."""
+        return closure
 
     def before_step(self, module: Any) -> Callable[[], None]:
         """What is to be done after the optimizer step that now begins."""
@@ -285,6 +290,33 @@ class Upsample(Plan):
             losses = cross_entropy(logits.float(), targets, reduction="none")
             self.counts = 1 + slow_examples(logits.float(), losses, targets, NUM_CLASSES).slow.long()
             module.trainer.fit_loop._combined_loader = None
+
+
+class WorstPoint(Method):
+    """``SharpnessAwareMinimization()``: the gradient is that of a second pass, which counts nowhere."""
+
+    def prepare(self, module: Any) -> None:
+        self.module = module
+
+    def closure(self, optimizer: Any, closure: Any) -> Any:
+        def both() -> Any:
+            random = torch.get_rng_state()
+            loss, outputs = closure(), closure._result
+            if loss is None:
+                return None
+            trained = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            buffers = [*self.module.buffers()]
+            before, statistics = [p.detach().clone() for p in trained], [b.clone() for b in buffers]
+            for p, step in zip(trained, sharpness_step([p.grad for p in trained]), strict=True):
+                p.data.add_(step)
+            torch.set_rng_state(random)
+            closure()
+            for tensor, old in zip([*trained, *buffers], [*before, *statistics], strict=True):
+                tensor.data.copy_(old)
+            closure._result = outputs
+            return loss
+
+        return both
 
 
 class Stop(Method):

@@ -271,8 +271,10 @@ class WrittenCode(UserCode):
     def step_all(self, optimizers: Sequence[Any]) -> None:
         self._around(super().step_all, optimizers)
 
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        self._around(super().optimizer_step, *args, **kwargs)
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, closure: Any = None) -> None:
+        for method in self.methods if self.active else []:
+            closure = method.closure(optimizer, closure)
+        self._around(super().optimizer_step, epoch, batch_idx, optimizer, closure)
 
     def _around(self, step: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         afters = [method.before_step(self) for method in self.methods]

@@ -16,7 +16,7 @@ from tests.conformance import expected, methods
 from tests.conformance.expected import Values
 from tests.conformance.methods import Method
 
-Kind = Literal["monitor", "regularizer", "head", "data", "plotter"]
+Kind = Literal["monitor", "regularizer", "head", "data", "optimization", "plotter"]
 
 
 @dataclass(frozen=True)
@@ -248,6 +248,12 @@ CALLBACKS = [
         lacks={"plain checkpoint to suite": "the plain run has passed the epoch at which examples are chosen"},
         failure=Failure("lightning_feat.callbacks.simplicity_bias.slow_pass.slow_examples", "epoch end", call=1),
         resumes_exactly=True,
+    ),
+    Entry(
+        "SharpnessAwareMinimization",
+        "optimization",
+        written=[methods.WorstPoint],
+        failure=Failure("lightning_feat.optim.simplicity_bias.sharpness_step", "loss"),
     ),
     Entry(
         "FeatureShiftMonitor",

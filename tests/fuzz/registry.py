@@ -433,6 +433,8 @@ CASES: dict[str, Case] = {
     "neural_collapse.two_neighbor_dimension": Case(
         lambda w: (w.features(),), degree=0, samples="nothing", gradient=True, definition=slow.two_neighbor_dimension
     ),
+    "simplicity_bias.sharpness_step": F32(lambda w: ([w.features(), w.vectors()],), degree=0),
+    "simplicity_bias.adaptive_scales": F32(lambda w: ([w.features(), w.vectors()],)),
     "simplicity_bias.accuracy": Case(lambda w: (w.logits(), w.targets()), samples="nothing"),
     "simplicity_bias.binary_auc": Case(
         lambda w: (w.scores(), w.targets() % 2), degree=0, samples="nothing", definition=slow.binary_auc

@@ -143,7 +143,9 @@ def test_a_result_or_a_refusal_and_no_trace(name, case, world):
 def test_an_ordinary_data_set_is_not_refused(name, case, world):
     result = called(name, case, world)
     assert not (isinstance(result, str) and result), result
-    assert all(entry.isfinite().all() for entry in tensors(result) if entry.is_floating_point()) or name in UNDEFINED
+    few = world.num_samples <= world.num_features + 1 and name in OF_MORE_SAMPLES_THAN_FEATURES
+    finite = all(entry.isfinite().all() for entry in tensors(result) if entry.is_floating_point())
+    assert finite or few or name in UNDEFINED
 
 
 def spoiled(tensor: Tensor) -> dict[str, Tensor]:
@@ -173,6 +175,12 @@ def test_arguments_that_do_not_fit_are_refused(name, case, world):
 
 
 # By their docstrings: nan on the diagonal, where a margin is not above zero, and for no samples.
+# Any few samples look collapsed to the VCI, which is then nan.
+OF_MORE_SAMPLES_THAN_FEATURES = {
+    "neural_collapse.collapse_measures",
+    "neural_collapse.variability_collapse_index",
+    "neural_collapse.vci_from_scatter",
+}
 UNDEFINED = {
     "neural_collapse.cdnv_matrix",
     "neural_collapse.mix_measures",

@@ -43,15 +43,16 @@ def sharpness_step(
         return []
     scaled = [g if t is None else g * t for g, t in zip(gradients, every, strict=True)]
     device = scaled[0].device
-    lengths = [
-        torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)).to(device) for g in scaled
-    ]
-    length = torch.linalg.vector_norm(torch.stack([one.to(lengths[0].dtype) for one in lengths]))
-    factor = torch.where((length > 0) & length.isfinite(), rho / length, 0.0)
-    steps = [(g * factor.to(g.device)).to(g.dtype) for g in scaled]
+    peaks = [g.detach().abs().amax() if g.numel() else g.new_zeros(()) for g in scaled]
+    peak = torch.stack([one.to(device, torch.float32) for one in peaks]).amax()
+    # Over the largest entry first: squares of what a bfloat16 holds leave the range of float32.
+    units = [g / peak.to(g.device, g.dtype) for g in scaled]
+    lengths = [torch.linalg.vector_norm(u, dtype=torch.promote_types(u.dtype, torch.float32)) for u in units]
+    length = torch.linalg.vector_norm(torch.stack([one.to(device, lengths[0].dtype) for one in lengths]))
+    moves, factor = length.isfinite(), rho / length
+    steps = [(u * factor.to(u.device)).to(u.dtype) for u in units]
     steps = [e if t is None else e * t for e, t in zip(steps, every, strict=True)]
-    # Zero times infinity is nan, and the weights must stay.
-    return [torch.where(factor.to(e.device) > 0, e, torch.zeros_like(e)) for e in steps]
+    return [torch.where(moves.to(e.device), e, torch.zeros_like(e)) for e in steps]
 
 
 @torch.no_grad()
