@@ -74,6 +74,8 @@ CALLBACKS = [
         "SimplicityBiasUpsampler (after one epoch)",
         lambda _: [ours.SimplicityBiasUpsampler(separating_epoch=1, restart=False, length="keep")],
     ),
+    Entry("SharpnessAwareMinimization", lambda _: [ours.SharpnessAwareMinimization()]),
+    Entry("SharpnessAwareMinimization (interval 5)", lambda _: [ours.SharpnessAwareMinimization(interval=5)]),
     Entry("CurvePlotter", lambda _: [ours.CurvePlotter()]),
     Entry("SummaryTable", lambda _: [ours.SummaryTable()]),
     Entry("PromptLearner", prompts, task="clip"),
