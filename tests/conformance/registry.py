@@ -253,7 +253,20 @@ CALLBACKS = [
         "SharpnessAwareMinimization",
         "optimization",
         written=[methods.WorstPoint],
-        failure=Failure("lightning_feat.optim.simplicity_bias.sharpness_step", "loss"),
+        refuses={
+            "accumulate 3 batches": "Accumulate nothing",
+            **dict.fromkeys(
+                (
+                    "two optimizers, with schedulers",
+                    "manual_backward",
+                    "bare loss.backward()",
+                    "LossTermsMixin",
+                ),
+                "optim.sharpness_aware",
+            ),
+            **dict.fromkeys(("FSDP2", "FSDP2, classifier named"), "Use DDP"),
+        },
+        lacks={"out of memory in the callback": "between its two passes the author would have nothing to fail in"},
     ),
     Entry(
         "FeatureShiftMonitor",

@@ -2,8 +2,8 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, Literal
 
+from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from lightning_feat.arguments import checked
@@ -139,7 +139,8 @@ class _TwoPasses:
     def _both(self, module: LightningModule, optimizer: Any, closure: Any) -> Any:
         strategy: Any = module.trainer.strategy
         alone = strategy.block_backward_sync() if self.per_process and _synchronises(strategy) else nullcontext()
-        with isolate_rng(), alone:
+        random = _collect_rng_states()
+        with alone:
             loss = closure()
         if loss is None:
             return None  # training_step leaves the batch out
@@ -147,6 +148,7 @@ class _TwoPasses:
         put_back, ascent = remember(module), Ascent(*self.options, module)
         try:
             with ascent(in_order(optimizer)), unheard(module.trainer, module):
+                _set_rng_states(random)
                 second = closure()
         finally:
             put_back()

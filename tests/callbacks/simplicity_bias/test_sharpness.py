@@ -1,5 +1,7 @@
 """SAM in a Trainer is SAM in a loop by hand, bit for bit."""
 
+import itertools
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -171,6 +173,28 @@ class Skips(Momentum):
 def test_a_batch_that_training_step_leaves_out_is_left_out(tmp_path):
     run = fit(tmp_path, seeded(Skips), SharpnessAwareMinimization(RHO))
     assert run.callback_metrics["sharpness/rise"].isfinite()
+
+
+class RunsOut(Momentum):
+    """In its fourth pass, the second of the second batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.passes = itertools.count(1)  # a plain number would be put back after the second pass
+
+    def training_step(self, batch, batch_idx):
+        if next(self.passes) == 4:
+            raise torch.OutOfMemoryError("no memory left")
+        return super().training_step(batch, batch_idx)
+
+
+def test_where_the_second_pass_fails_the_weights_are_those_of_the_last_step(tmp_path):
+    module, one_step = seeded(RunsOut), seeded(Momentum)
+    with pytest.raises(torch.OutOfMemoryError):
+        fit(tmp_path, module, SharpnessAwareMinimization(RHO))
+    fit(tmp_path, one_step, SharpnessAwareMinimization(RHO), max_steps=1)
+    assert equal(weights(module), weights(one_step))
+    assert "optimizer_step" not in vars(module)
 
 
 def test_nothing_is_left_of_it(tmp_path):
