@@ -36,9 +36,10 @@ def plain_loop(side, trainer_options):
     return module
 
 
+# A second pass is held against its loop in tests/callbacks/simplicity_bias/test_sharpness.py.
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ["fp32", "accumulate 3 batches", "clip by norm"])
-@pytest.mark.parametrize("entry", [e for e in CALLBACKS if e.kind not in ("data", "plotter")], ids=str)
+@pytest.mark.parametrize("entry", [e for e in CALLBACKS if e.kind not in ("data", "optimization", "plotter")], ids=str)
 def test_written_side_is_a_plain_loop(entry, name, tmp_path):
     condition = next(condition for condition in CONDITIONS if condition.name == name)
     side = condition.side(entry, tmp_path, ours=False)
