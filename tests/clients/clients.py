@@ -1,7 +1,5 @@
 """LightningModules of published packages, as small as they go, each with data of its own kind."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import lightning.pytorch as pl
@@ -9,59 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, one_hot
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
-NUM_CLASSES, SAMPLES, BATCH = 3, 24, 8
-TARGETS = torch.arange(SAMPLES) % NUM_CLASSES
-
-
-class Samples(Dataset):
-    """Samples that are dicts or tuples; a list would be collated to the same."""
-
-    def __init__(self, samples: list[Any]) -> None:
-        self.samples = samples
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.samples[index]
-
-
-@dataclass
-class Client:
-    """A module and its data.
-
-    Args:
-        package: to be there.
-        build: the module and its data; seeded by the caller.
-        features: the features ``(N, D)`` of the layer for a batch, computed without us.
-        layer: whose output they are, or None where a classifier is found, and they are its input.
-        options: of what reads labelled features.
-        eval_step: the module has a validation step; it gets the training data again.
-        root: the package whose Trainer the module wants.
-    """
-
-    package: str
-    build: Callable[[], tuple[Any, Dataset]]
-    features: Callable[[Any, Any], Tensor]
-    layer: str | None = None
-    options: dict[str, Any] = field(default_factory=dict)
-    eval_step: bool = True
-    root: str = "lightning.pytorch"
-
-    @property
-    def classifies(self) -> bool:
-        return self.layer is None
-
-    def of_features(self) -> dict[str, Any]:
-        return {"layer": self.layer, **self.options}
-
-
-def images(size: int = 32, seed: int = 1) -> Tensor:
-    """Images with a class in their mean, so that class means differ."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(SAMPLES, 3, size, size, generator=generator) + TARGETS[:, None, None, None] / 2
+from tests.clients.client import NUM_CLASSES, SAMPLES, TARGETS, Client, Samples, images
+from tests.clients.other_data import OTHERS
 
 
 def remote_sensing() -> tuple[Any, Dataset]:
@@ -223,7 +172,6 @@ def gan() -> tuple[Any, Dataset]:
 
 
 _CLIP = "clip.vision_model.post_layernorm"
-_COUNT = {"num_classes": NUM_CLASSES}
 
 CLIENTS = {
     "remote sensing": Client(
@@ -235,7 +183,7 @@ CLIENTS = {
         self_supervision,
         lambda m, b: torch.cat([m.model.backbone(x) for x in b[0]]),
         layer="model.backbone",
-        options={"target_key": 1},
+        labels=lambda b: b[1],
         eval_step=False,
         root="pytorch_lightning",
     ),
@@ -248,8 +196,5 @@ CLIENTS = {
         "transformers", clip, lambda m, b: m.clip.vision_model(b["pixel_values"]).pooler_output, layer=_CLIP
     ),
     "GAN": Client("torch", gan, lambda m, b: m.trunk(b[0]), layer="trunk"),
+    **OTHERS,
 }
-
-
-def loaders(data: Dataset) -> DataLoader[Any]:
-    return DataLoader(data, batch_size=BATCH)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from lightning_feat import callbacks as cb
-from tests.clients.clients import BATCH, CLIENTS, NUM_CLASSES, loaders
+from tests.clients.client import BATCH, NUM_CLASSES, loaders
+from tests.clients.clients import CLIENTS
 from tests.helpers import equal, trainer, weights
 
 pytestmark = pytest.mark.slow
@@ -25,7 +26,7 @@ def counted(client):
 MONITORS = {
     "online": lambda client: [cb.NeuralCollapseMonitor(**counted(client))],
     "exact": lambda client: [cb.NeuralCollapseMonitor(mode="exact", **counted(client))],
-    "shift": lambda client: [cb.FeatureShiftMonitor(layers=shift_layer(client), pooling="mean")],
+    "shift": lambda client: [cb.FeatureShiftMonitor(layers=shift_layer(client), pooling="mean", **client.shift)],
     "probe": lambda client: [cb.LinearProbe(every_n_epochs=1, **client.of_features())],
     "reports": lambda client: [cb.MetricHistory(), cb.CurvePlotter(), cb.SummaryTable()],
 }
@@ -89,7 +90,7 @@ def test_the_exact_monitor_says_what_the_definition_gives(client, tmp_path):
     with torch.no_grad():
         for batch in loaders(data):
             features = client.features(module, batch).double()
-            y = batch.get("label", batch.get("labels")) if isinstance(batch, dict) else batch[1]
+            y = client.labels_of(batch)
             parts.append(features)
             labels.append(y.repeat(len(features) // len(y)))
     x, y = torch.cat(parts), torch.cat(labels)
