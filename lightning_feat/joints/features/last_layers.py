@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.module import register_module_forward_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
@@ -23,6 +25,11 @@ _OF_OTHERS = (
     "huber_loss",
     "kl_div",
 )
+_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm)
+_SHAPED = ("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like")
+_OF_ITS_KIND = ("new_zeros", "new_ones", "new_empty", "new_full")
+# What takes the shape or the kind of a tensor, and none of its values
+_MAKE_ANEW = {*(getattr(torch, name) for name in _SHAPED), *(getattr(Tensor, name) for name in _OF_ITS_KIND)}
 _LOSSES = {getattr(functional, name): name for name in (*_OF_CLASSES, *_OF_OTHERS)}
 
 
@@ -33,6 +40,8 @@ class LossCall(NamedTuple):
     layers: frozenset[str]  # the last layers with weights before its input
     target: Any
     predicted: Any  # what it got, without its graph
+    trains: bool  # whether a gradient goes back from it
+    past: frozenset[str]  # the heads that its input has passed, last or not
 
 
 class LastLayers(TorchFunctionMode):
@@ -44,32 +53,31 @@ class LastLayers(TorchFunctionMode):
 
     Attributes:
         calls: the loss functions that were called.
+        backwards: the last layers of what ``backward`` was called on inside the block, as manual optimization does.
     """
 
     def __init__(self, module: nn.Module, heads: Collection[str] = ()) -> None:
         super().__init__()
         self.module, self.heads = module, heads
         self.calls: list[LossCall] = []
+        self.backwards: frozenset[str] = frozenset()
         self._made_by: Any = WeakIdKeyDictionary()
+        self._past: Any = WeakIdKeyDictionary()
 
     def of(self, value: Any) -> frozenset[str]:
         """The layers that come last before the tensors in ``value``."""
-        tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
-        return frozenset().union(*(self._made_by.get(tensor, frozenset()) for tensor in tensors))
+        return _union(self._made_by, value)
 
     @contextmanager
     def following(self) -> Iterator["LastLayers"]:
         """Active inside the block."""
-        handles = [
-            part.register_forward_hook(_Made(self, name))
-            for name, part in _layers_with_weights(self.module, self.heads)
-        ]
+        # One hook for all, not one in each: copies made in the step stay without, and scripted parts take none.
+        handle = register_module_forward_hook(_Made(self, dict(_layers_with_weights(self.module, self.heads))))
         try:
             with self:
                 yield self
         finally:
-            for handle in handles:
-                handle.remove()
+            handle.remove()
 
     def mark(self, value: Any, layers: frozenset[str]) -> None:
         """Note that ``layers`` made the tensors in ``value``."""
@@ -77,27 +85,73 @@ class LastLayers(TorchFunctionMode):
             if isinstance(leaf, Tensor):
                 self._made_by[leaf] = layers
 
+    def pass_on(self, value: Any, past: frozenset[str]) -> None:
+        """Note that the tensors in ``value`` come from these heads, last or not."""
+        for leaf in tree_leaves(value):
+            if isinstance(leaf, Tensor):
+                self._past[leaf] = past
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        layers = self.of((args, kwargs))
+        layers, past = self.of((args, kwargs)), _union(self._past, (args, kwargs))
+        if func in _MAKE_ANEW:
+            return out
+        filled = args[0] if func is Tensor.__setitem__ else out
         if layers:
-            self.mark(out, layers)
+            self.mark(filled, layers)
+        if past:
+            self.pass_on(filled, past)
+        if func is Tensor.backward:
+            self.backwards |= self.of(args[0])
         if func in _LOSSES:
             given = [*args, *kwargs.values()]
             predicted = kwargs.get("input", args[0] if args else None)
             target = kwargs.get("target", given[1] if len(given) > 1 else None)
             detached = predicted.detach() if isinstance(predicted, Tensor) else None
-            self.calls.append(LossCall(_LOSSES[func], self.of(predicted), target, detached))
+            trains = isinstance(predicted, Tensor) and predicted.requires_grad
+            made_by, past = self.of(predicted), _union(self._past, predicted)
+            self.calls.append(LossCall(_LOSSES[func], made_by, target, detached, trains, past))
         return out
 
 
+def _union(noted: Any, value: Any) -> frozenset[str]:
+    tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+    return frozenset().union(*(noted.get(tensor, frozenset()) for tensor in tensors))
+
+
 class _Made:
-    def __init__(self, follower: LastLayers, name: str) -> None:
-        self.follower, self.name = follower, name
+    def __init__(self, follower: LastLayers, layers: dict[str, nn.Module]) -> None:
+        self.follower = follower
+        self.names = {id(part): name for name, part in layers.items()}
+        self.own = {id(part) for part in follower.module.modules()}
 
     def __call__(self, layer: nn.Module, args: Any, output: Any) -> None:
-        self.follower.mark(list(output.values()) if isinstance(output, dict) else output, frozenset([self.name]))
+        if torch.compiler.is_compiling():  # compiled code that is none of the module's
+            return
+        name = self.names.get(id(layer))
+        made = list(output.values()) if isinstance(output, dict) else output
+        if name is None:
+            if id(layer) not in self.own and layer._parameters:
+                self.follower.mark(made, frozenset())  # a copy, say, of a layer: made by none of the module
+        elif name in self.follower.heads:
+            self.follower.mark(made, frozenset([name]))
+            self.follower.pass_on(made, frozenset([name]))
+        elif not (_lets_pass(layer, args, made) and self.follower.of(made)):
+            self.follower.mark(made, frozenset([name]))
+
+
+def _lets_pass(layer: nn.Module, args: Any, output: Any) -> bool:
+    """Whether what a layer puts out is its input but for numbers at each place, such as a learned temperature or the
+    logarithms of the classes' shares, or is a loss.
+    """
+    if not isinstance(output, Tensor):
+        return False
+    if not output.ndim:
+        return True
+    own = [t for t in [*layer._parameters.values(), *layer._buffers.values()] if t is not None]
+    same = bool(args) and isinstance(args[0], Tensor) and args[0].shape == output.shape
+    return same and all(t.numel() == max(t.shape, default=1) for t in own) and not isinstance(layer, _NORMS)
 
 
 def last_of_forward(module: Any) -> frozenset[str] | None:

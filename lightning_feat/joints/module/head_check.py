@@ -37,15 +37,17 @@ class Asks(NamedTuple):
         """Whether this layer is a head, or in one."""
         return any(name == head or name.startswith(f"{head}.") for head in self.heads)
 
-    def say(self, what: str) -> None:
-        """Raise it, or warn of it."""
-        if not self.only_reads:
+    def say(self, what: str, certain: bool = True) -> None:
+        """Raise it, or warn of it: a monitor, and where it may be as the user wants it."""
+        if not self.only_reads and (certain or self.replaces):
             raise ValueError(what)
         warnings.warn(f"{self.owner}: {what}", stacklevel=2)
 
 
 def check_head(module: LightningModule, asks: Asks) -> None:
-    """Let the next training step check a head. What contradicts is a ``ValueError`` there, for a monitor a warning."""
+    """Let the next training step check a head. What contradicts is a ``ValueError`` there; for a monitor, and
+    where it is not certain, a warning.
+    """
     # Innermost: what other callbacks compute around the step, such as terms of the loss, is not the module's.
     add_link(module, "training_step", f"{_KEY}:{asks.owner}:{asks.head}", _Check(asks), innermost=True)
 
@@ -82,10 +84,10 @@ class _Check:
         with LastLayers(module, asks.heads).following() as follower, HeadOutputs(module, asks.heads) as outputs:
             out = call(*args, **kwargs)
         loss = out.get("loss") if isinstance(out, dict) else out
-        of_loss = follower.of(loss) if isinstance(loss, Tensor) else frozenset()
+        of_loss = follower.backwards | (follower.of(loss) if isinstance(loss, Tensor) else frozenset())
         said = _contradiction(asks, follower.calls, of_loss, outputs)
         if said:
-            asks.say(said)
+            asks.say(said, certain=_is_certain(asks, follower.calls, of_loss))
         return out
 
 
@@ -94,6 +96,15 @@ def _has_compiled_code(module: LightningModule) -> bool:
         is_compiled(part) or any(hasattr(value, "_torchdynamo_orig_callable") for value in vars(part).values())
         for part in module.modules()
     )
+
+
+def _is_certain(asks: Asks, calls: list[LossCall], of_loss: frozenset[str]) -> bool:
+    """Whether what the head put out went on through other layers alone. Else it may have a loss of another kind, or one
+    in later batches, or be one of two that are added.
+    """
+    if any(asks.within(name) for name in of_loss.union(*(call.layers for call in calls))):
+        return False
+    return any(call.trains and any(asks.within(name) for name in call.past) for call in calls)
 
 
 def _contradiction(asks: Asks, calls: list[LossCall], of_loss: frozenset[str], outputs: HeadOutputs) -> str | None:
@@ -111,6 +122,9 @@ def _contradiction(asks: Asks, calls: list[LossCall], of_loss: frozenset[str], o
     shared = [call for call in seen if any(asks.within(name) for name in call.layers)]
     if shared:
         return _shared(asks, shared[0])
+    seen, of_classes = ([call for call in some if call.trains] for some in (seen, of_classes))
+    if any(call.trains and not call.layers and call.function in _OF_CLASSES for call in calls):
+        return None  # these logits were not followed: a function of one's own, or layers from elsewhere, made them
     last = sorted(frozenset().union(*(call.layers for call in of_classes or seen)))
     if not last or ((asks.named or not of_classes) and any(asks.within(name) for name in of_loss)):
         return None  # a loss of another kind is made of this head: nothing is known against it

@@ -7,7 +7,12 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_feat.callbacks import DotRegressionRegularizer, GrassmannHead, NeuralCollapseMonitor, SimplexETFHead
+from lightning_feat.callbacks import (
+    DotRegressionRegularizer,
+    GrassmannHead,
+    NeuralCollapseMonitor,
+    SimplexETFHead,
+)
 from lightning_feat.functional.neural_collapse import dot_regression
 from lightning_feat.joints.features.heads import find_classifier
 from lightning_feat.joints.features.last_layers import LastLayers
