@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from tests.clients.client import NUM_CLASSES, SAMPLES, Client, Samples
+from tests.clients.client import NUM_CLASSES, SAMPLES, TARGETS, Client, Samples
 
 
 def forecasting() -> tuple[Any, Dataset]:
@@ -45,6 +45,29 @@ def hidden_of_forecast(module: Any, batch: Any) -> Tensor:
     return module.mlp.sequential[:8](inputs.flatten(0, 1))
 
 
+def tabular() -> tuple[Any, Dataset]:
+    """Rows of numbers and categories, as the package's own datamodule gives them."""
+    pytest.importorskip("pytorch_tabular")
+    from omegaconf import OmegaConf
+    from pytorch_tabular.config import InferredConfig, OptimizerConfig
+    from pytorch_tabular.models import CategoryEmbeddingModel, CategoryEmbeddingModelConfig
+
+    found = InferredConfig(
+        categorical_dim=1,
+        continuous_dim=4,
+        output_dim=NUM_CLASSES,
+        output_cardinality=[NUM_CLASSES],
+        categorical_cardinality=[5],
+        embedding_dims=[(5, 3)],
+    )
+    chosen = CategoryEmbeddingModelConfig(task="classification", layers="16-8", learning_rate=1e-2)
+    config = OmegaConf.create({**vars(OptimizerConfig()), **vars(chosen)})
+    module = CategoryEmbeddingModel(config, inferred_config=OmegaConf.structured(found))
+    numbers = torch.randn(SAMPLES, 4) + TARGETS[:, None]
+    rows = zip(numbers, torch.randint(0, 5, (SAMPLES, 1)), TARGETS[:, None], strict=True)
+    return module, Samples([{"continuous": x, "categorical": c, "target": y} for x, c, y in rows])
+
+
 OTHERS = {
     "forecasting": Client(
         "pytorch_forecasting",
@@ -53,5 +76,13 @@ OTHERS = {
         layer="mlp.sequential.7",
         labels=lambda b: b[0]["groups"][:, 0],
         shift={"trunk": ""},
+    ),
+    "tabular": Client(
+        "pytorch_tabular",
+        tabular,
+        lambda m, b: m.backbone(m.embedding_layer(b)),
+        labels=lambda b: b["target"][:, 0],
+        shift={"trunk": ""},
+        root="pytorch_lightning",
     ),
 }
