@@ -208,6 +208,7 @@ CASES: dict[str, Case] = {
         lambda w: (w.features(), w.weights()), degree=2, samples="nothing", adds=True, gradient=True
     ),
     "common.class_means": Case(_totals, degree=1, samples="nothing", gradient=True, definition=slow.class_means),
+    "common.present_class_means": Case(_totals, degree=1, samples="nothing", gradient=True),
     "common.class_variances": Case(_totals, degree=2, samples="nothing", gradient=True),
     "common.feature_mean": Case(_totals, degree=1, samples="nothing", gradient=True),
     "common.centered_class_means": Case(_totals, degree=1, samples="nothing", gradient=True),

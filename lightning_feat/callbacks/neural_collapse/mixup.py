@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Subset
 from torchmetrics.classification import MulticlassCalibrationError
 
 from lightning_feat.arguments import checked
-from lightning_feat.functional.common.class_sums import ClassSums, class_means, class_sums, empty_class_sums
+from lightning_feat.functional.common.class_sums import ClassSums, class_sums, empty_class_sums, present_class_means
 from lightning_feat.functional.neural_collapse.mixup import MixSums, draw_pairs, mix_measures, mix_sums
 from lightning_feat.joints.data.epoch_ends import EpochEnds, MeasuresAtEpochEnds
 from lightning_feat.joints.data.passes import clean_batches, clean_loader, hear, loader_like, try_first_batch
@@ -193,7 +193,7 @@ class _MixReading:
     def finish(self, again: Again) -> None:
         added = ClassSums(*(self._of_all(torch.stack(e).sum(0)) for e in zip(*self._sums, strict=True)))
         self.lost = float(self._of_all(self._lost)), float(added.counts.sum())
-        mean_CD = class_means(added)[added.counts > 0]
+        mean_CD = present_class_means(added)
         calibration, totals = self._error.compute(), self._mixed(mean_CD.mean(0))
         measures = mix_measures(totals, torch.tensor(self._monitor.shares), len(self._rows_CD))
         self.values = {**measures, "calibration_error": calibration}

@@ -163,6 +163,14 @@ def class_means(totals: ClassSums) -> Tensor:
     return totals.sums / totals.counts[:, None]
 
 
+def present_class_means(totals: ClassSums) -> Tensor:
+    """Means of the classes that have samples, ``(S, D)``, S <= C. The gradient of the others is zero, where one through
+    ``class_means`` is nan.
+    """
+    present_C = totals.counts > 0
+    return totals.sums[present_C] / totals.counts[present_C, None]
+
+
 def class_variances(totals: ClassSums, residual_squares: Tensor | None = None) -> Tensor:
     """Mean squared distance of each class to its mean (over n, not n - 1), ``(C,)``; nan without samples.
 
@@ -189,7 +197,7 @@ def feature_mean(totals: ClassSums, global_mean: GlobalMean = "classes") -> Tens
         ValueError: if ``global_mean`` is neither.
     """
     if global_mean == "classes":
-        return class_means(totals)[totals.counts > 0].mean(0)
+        return present_class_means(totals).mean(0)
     if global_mean == "samples":
         return totals.sums.sum(0) / totals.counts.sum()
     raise ValueError(f"global_mean must be 'classes' or 'samples', got {global_mean!r}")
@@ -197,7 +205,7 @@ def feature_mean(totals: ClassSums, global_mean: GlobalMean = "classes") -> Tens
 
 def centered_class_means(totals: ClassSums, global_mean: GlobalMean = "classes") -> Tensor:
     """Class means minus the global mean, ``(S, D)``, for the classes with samples, in their order."""
-    return class_means(totals)[totals.counts > 0] - feature_mean(totals, global_mean)
+    return present_class_means(totals) - feature_mean(totals, global_mean)
 
 
 def repeated_by_sampler(

@@ -12,7 +12,12 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_feat.functional.common.class_sums import ClassSums, GlobalMean, centered_class_means, class_means
+from lightning_feat.functional.common.class_sums import (
+    ClassSums,
+    GlobalMean,
+    centered_class_means,
+    present_class_means,
+)
 from lightning_feat.functional.common.shapes import check_shapes
 
 # What accumulates in a LayerNorm, or in a product as wide as a network's, is up to 1.3 times the bound that
@@ -67,7 +72,7 @@ def between_class_directions(
     value_R, direction_RD = value_R[: size - 1], direction_RD[: size - 1]
     # Entries with errors of some share of their size make errors of this size along a direction, and more in the
     # worst of all directions where there are many.
-    squares_D = class_means(totals)[totals.counts > 0].square().sum(0)
+    squares_D = present_class_means(totals).square().sum(0)
     off_R = rounding * (1 + math.sqrt(width / size)) * (direction_RD.square() @ squares_D).sqrt()
     kept = value_R > off_R
     return value_R[kept], direction_RD[kept]

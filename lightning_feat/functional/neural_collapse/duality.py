@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from lightning_feat.functional.common.class_sums import ClassSums, class_means, to_float64
+from lightning_feat.functional.common.class_sums import ClassSums, present_class_means, to_float64
 from lightning_feat.functional.common.directions import FLOAT32_ROUNDING
 from lightning_feat.functional.common.second_pass import CenterSums
 from lightning_feat.functional.common.shapes import check_shapes
@@ -112,7 +112,7 @@ def nc5_orthogonality(totals: ClassSums, outside_mean: Tensor) -> Tensor:
     Source: Ben Ammar et al., "NECO", ICLR 2024.
     """
     check_shapes(sums=(totals.sums, "CD"), outside_mean=(outside_mean, "D"))
-    mean_SD = class_means(totals)[totals.counts > 0]
+    mean_SD = present_class_means(totals)
     return torch.cosine_similarity(mean_SD, to_float64(outside_mean)[None], eps=0.0).abs().mean()
 
 

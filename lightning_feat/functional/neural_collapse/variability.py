@@ -17,6 +17,7 @@ from lightning_feat.functional.common.class_sums import (
     class_means,
     class_variances,
     has_spread,
+    present_class_means,
     to_float64,
 )
 from lightning_feat.functional.common.directions import FLOAT32_ROUNDING, between_class_directions
@@ -206,7 +207,7 @@ def _collapse_index(
     size = totals.counts.sum()
     if len(value_R) == 0 or not has_spread(totals) or not within_DD.isfinite().all():
         return _nan_like(totals.counts)
-    mean_SD, counts_S = class_means(totals)[totals.counts > 0], totals.counts[totals.counts > 0]
+    mean_SD, counts_S = present_class_means(totals), totals.counts[totals.counts > 0]
     root_RD = direction_RD * value_R[:, None] / len(mean_SD) ** 0.5  # its square is that of Sigma_B
     value_D, vector_DD = torch.linalg.eigh(within_DD + root_RD.T @ root_RD)
     # As in between_class_directions, of samples in place of class means.
@@ -263,6 +264,6 @@ def between_effective_rank(
     wide = mean_SD.shape[0] <= mean_SD.shape[1]
     value_r = torch.linalg.eigvalsh(mean_SD @ mean_SD.T if wide else mean_SD.T @ mean_SD)
     value_r = value_r[value_r > torch.finfo(value_r.dtype).eps * len(value_r) * value_r[-1]]  # zero has no slope
-    spread, squares = value_r.sum(), class_means(totals)[totals.counts > 0].square().sum()
+    spread, squares = value_r.sum(), present_class_means(totals).square().sum()
     rank: Tensor = torch.special.entr(value_r / spread).sum().exp()
     return torch.where(spread > rounding**2 * squares, rank, torch.nan)

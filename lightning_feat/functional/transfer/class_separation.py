@@ -18,8 +18,8 @@ from lightning_feat.functional.common.class_sums import (
     accumulation_device,
     add_class_sums_,
     check_target_range,
-    class_means,
     empty_class_sums,
+    present_class_means,
     to_float64,
 )
 from lightning_feat.functional.common.directions import FLOAT32_ROUNDING
@@ -92,10 +92,12 @@ def class_separation_r2(totals: ClassSums, rounding: float = FLOAT32_ROUNDING) -
             "class_separation_r2 needs the sums of features of length one, and the mean squared lengths here are up to "
             f"{float(off.max() / totals.counts.max()):.2g} off one: make the sums with direction_sums."
         )
-    mean_SD = class_means(totals)[totals.counts > 0]
+    mean_SD = present_class_means(totals)
     within = 1 - mean_SD.square().sum(1).mean()
     total = 1 - mean_SD.mean(0).square().sum()
-    return torch.where(total > max(1e-14, rounding**2), 1 - within / total, torch.nan)  # below it is no spread
+    spread = total > max(1e-14, rounding**2)  # below it is none
+    # Zero divided by zero would have no gradient, also where it is not chosen.
+    return torch.where(spread, 1 - within / torch.where(spread, total, 1.0), torch.nan)
 
 
 def pair_angle_sums(
