@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_feat.functional.grassmann.geodesic import geodesic_
+from lightning_feat.functional.grassmann import geodesic_, tangent_projection
 from lightning_feat.functional.simplicity_bias.sharpness import adaptive_scales, sharpness_step
 from lightning_feat.layers.grassmann import GrassmannLinear
 
@@ -42,28 +42,33 @@ class Ascent:
     def __call__(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
         """Inside, those with a gradient are at the worst point; afterwards they are bit for bit where they were."""
         moved = [p for p in parameters if p.grad is not None]
-        before = self._move(moved)
+        steps = self._steps(moved)
+        before = [p.detach().clone() for p in moved]
         try:
+            self._move(moved, steps, before)
             yield
         finally:
             with torch.no_grad():
                 for p, old in zip(moved, before, strict=True):
                     p.copy_(old)
 
+    def _is_basis(self, p: nn.Parameter) -> bool:
+        return any(head.basis is p for head in self.heads)
+
     @torch.no_grad()
-    def _move(self, parameters: list[nn.Parameter]) -> list[Tensor]:
-        bases = {id(head.basis) for head in self.heads}
-        gradients = [_tangent(p) if id(p) in bases else _gradient(p) for p in parameters]
+    def _steps(self, parameters: list[nn.Parameter]) -> list[Tensor]:
+        gradients = [tangent_projection(p, _gradient(p)) if self._is_basis(p) else _gradient(p) for p in parameters]
         scales = [
-            adaptive_scales([p], self.eta)[0] if self.adaptive and id(p) not in bases else None for p in parameters
+            adaptive_scales([p], self.eta)[0] if self.adaptive and not self._is_basis(p) else None for p in parameters
         ]
-        steps = sharpness_step(gradients, self.rho, scales)
-        before = [p.detach().clone() for p in parameters]
+        return sharpness_step(gradients, self.rho, scales)
+
+    @torch.no_grad()
+    def _move(self, parameters: list[nn.Parameter], steps: list[Tensor], before: list[Tensor]) -> None:
         for p, step, old in zip(parameters, steps, before, strict=True):
             p.add_(step)
-            if id(p) in bases:
+            if self._is_basis(p):
                 geodesic_(p.data, old)
-        return before
 
 
 def _gradient(p: nn.Parameter) -> Tensor:
@@ -74,11 +79,6 @@ def _gradient(p: nn.Parameter) -> Tensor:
             "cannot step: make its embedding with sparse=False."
         )
     return gradient  # type: ignore[no-any-return]
-
-
-def _tangent(basis: nn.Parameter) -> Tensor:
-    gradient = _gradient(basis)
-    return gradient - (gradient @ basis.mT) @ basis
 
 
 def sharpness_aware(

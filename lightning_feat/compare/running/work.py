@@ -139,11 +139,10 @@ def _lost(root: Path, name: str, seed: int, study: dict[str, Any], job: Any) -> 
     error = job.exception()
     status = {"arm": name, "seed": seed, "status": "failed", "stage": "lost", "digest": study["arms"][name]["digest"]}
     status["error"] = " ".join(str(error).split()) if error else "its process ended and left no result"
-    with complete_or_absent(run_path(root, name, seed)) as partial:
+    folder = run_path(root, name, seed)
+    with complete_or_absent(folder) as partial:
         write_json(partial / "status.json", status)
-    found = read_run(run_path(root, name, seed))
-    assert found is not None
-    return found
+    return Record(name, seed, {}, status, folder)
 
 
 def _line(record: Record, plan: Plan, seconds: float) -> str:

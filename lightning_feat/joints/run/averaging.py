@@ -57,7 +57,8 @@ def refuse_no_average(trainer: Trainer, owner: str) -> None:
 @contextmanager
 def with_weights(trainer: Trainer, module: nn.Module, which: WhichWeights) -> Iterator[None]:
     """Inside, the module has its ``current`` parameters and buffers, or those that are ``averaged``: what
-    ``WeightAveraging`` validates and saves. Afterwards they are bit for bit what they were.
+    ``WeightAveraging`` validates and saves, class subspaces projected back to their manifold. Afterwards they are bit
+    for bit what they were.
     """
     if which == "current":
         yield
@@ -69,6 +70,10 @@ def with_weights(trainer: Trainer, module: nn.Module, which: WhichWeights) -> It
     before = {name: tensor.detach().clone() for name, tensor in now.items()}
     try:
         _write(now, average)
+        for part in module.modules():
+            project = getattr(part, "project_", None)  # a mean of orthonormal bases is none
+            if callable(project):
+                project()
         yield
     finally:
         _write(now, before)

@@ -11,6 +11,7 @@ from lightning_feat.callbacks import (
     MixupGeometryMonitor,
     NeuralCollapseMonitor,
 )
+from lightning_feat.metrics.grassmann import subspace_geometry
 from tests.helpers import Disturbed, EMAWeightAveraging, Plain, equal, loader, trainer, weights
 
 pytestmark = pytest.mark.skipif(EMAWeightAveraging is None, reason="this Lightning has no averaging of its own")
@@ -28,9 +29,10 @@ class Worse(Plain):
         self.log("val/loss", -float(self.current_epoch))
 
 
-def fitted(tmp_path, *callbacks, module=Plain, **kwargs):
+def fitted(tmp_path, *callbacks, module=Plain, lr=0.1, **kwargs):
     pl.seed_everything(0)
     module = module()
+    module.lr = lr
     run = trainer(tmp_path, callbacks=list(callbacks), **{"max_epochs": 3, **kwargs})
     run.fit(module, loader(48, 8), loader(24, 8))
     return module, {name: float(value) for name, value in run.callback_metrics.items()}
@@ -76,12 +78,17 @@ def test_each_has_its_weights_where_they_stand_side_by_side(tmp_path):
         assert logged(together, prefix) == pytest.approx(logged(alone, prefix), rel=0, abs=0, nan_ok=True)
 
 
-def test_subspaces_are_the_averaged_ones_too(tmp_path):
-    def angle(which):
-        callbacks = GrassmannHead(2), GrassmannMonitor(mode="exact", weights=which), EMAWeightAveraging(decay=0.9)
-        return fitted(tmp_path, *callbacks)[1]["grassmann/distance_from_start_mean/net.fc"]
-
-    assert 0 < angle("averaged") < 0.9 * angle("current")
+def test_subspaces_are_those_that_the_run_ends_with_back_on_their_manifold(tmp_path):
+    monitor = GrassmannMonitor(mode="exact", weights="averaged")
+    module, values = fitted(tmp_path, GrassmannHead(2), monitor, EMAWeightAveraging(decay=0.5), lr=2.0)
+    _, expected = subspace_geometry(module.net.fc.basis.detach(), monitor.start, 1000, 0, alone=False)
+    for name, value in expected.items():
+        if name != "orthonormality_error":
+            assert values[f"grassmann/{name}/net.fc"] == pytest.approx(float(value), rel=1e-5), name
+    current = GrassmannHead(2), GrassmannMonitor(mode="exact"), EMAWeightAveraging(decay=0.5)
+    _, others = fitted(tmp_path, *current, lr=2.0)
+    name = "grassmann/distance_from_start_mean/net.fc"
+    assert abs(others[name] - values[name]) > 0.01 * values[name]
 
 
 def test_a_probe_that_catches_up_behind_an_average_says_whose_value_it_is(tmp_path):
