@@ -11,7 +11,14 @@ from lightning_feat.data.indexed import IndexedDataset
 from lightning_feat.data.plan import PlanSampler
 from lightning_feat.data.selection import Selection
 from lightning_feat.data.spurious_digits import SpuriousDigitsDataModule
-from lightning_feat.data.two_feature_patches import TwoFeaturePatchesDataModule, two_feature_patches
+from lightning_feat.data.synthetic import (
+    ShortcutDataModule,
+    SlabBlocksDataModule,
+    TwoFeaturePatchesDataModule,
+    shortcut_examples,
+    slab_blocks,
+    two_feature_patches,
+)
 
 __all__ = [
     "BaseToNovelDataModule",
@@ -23,8 +30,12 @@ __all__ = [
     "IndexedDataset",
     "PlanSampler",
     "Selection",
+    "ShortcutDataModule",
+    "SlabBlocksDataModule",
     "SpuriousDigitsDataModule",
     "TwoFeaturePatchesDataModule",
+    "shortcut_examples",
+    "slab_blocks",
     "two_feature_patches",
     "write_example_cifar",
     "write_example_folder",

@@ -28,7 +28,12 @@ from torch.nn.functional import softplus
 
 from lightning_feat.baselines.cubic_cnn import CubicCNN
 from lightning_feat.callbacks.reports.figures import COLOURS
-from lightning_feat.data.two_feature_patches import FAST_AXIS, SLOW_AXIS, PatchesPart, TwoFeaturePatchesDataModule
+from lightning_feat.data.synthetic.two_feature_patches import (
+    FAST_AXIS,
+    SLOW_AXIS,
+    PatchesPart,
+    TwoFeaturePatchesDataModule,
+)
 from lightning_feat.functional.simplicity_bias.clusters import slow_examples
 from lightning_feat.functional.simplicity_bias.epochs import separating_epoch
 

@@ -5,7 +5,7 @@ from torch.nn.functional import cross_entropy
 
 from lightning_feat.baselines.cubic_cnn import CubicCNN
 from lightning_feat.callbacks import NeuralCollapseMonitor
-from lightning_feat.data.two_feature_patches import FAST_AXIS, SLOW_AXIS, TwoFeaturePatchesDataModule
+from lightning_feat.data.synthetic.two_feature_patches import FAST_AXIS, SLOW_AXIS, TwoFeaturePatchesDataModule
 from lightning_feat.joints.features.heads import find_classifier
 from tests.helpers import trainer
 
@@ -86,7 +86,7 @@ def test_command_line_trains_it(tmp_path, monkeypatch):
     options += [f"--trainer.default_root_dir={tmp_path}", "--data.num_train=100", "--data.slow_strength=0.5"]
     options += ["--trainer.enable_progress_bar=false"]
     names = ["--model=lightning_feat.baselines.cubic_cnn.CubicCNN"]
-    names += ["--data=lightning_feat.data.two_feature_patches.TwoFeaturePatchesDataModule"]
+    names += ["--data=lightning_feat.data.synthetic.two_feature_patches.TwoFeaturePatchesDataModule"]
     run = LightningCLI(args=["fit", *names, *options], save_config_callback=None)
     assert type(run.trainer.optimizers[0]) is torch.optim.SGD
     loaded = CubicCNN.load_from_checkpoint(run.trainer.checkpoint_callback.best_model_path, weights_only=True)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from lightning_feat.baselines.cubic_cnn import CubicCNN
-from lightning_feat.data.two_feature_patches import (
+from lightning_feat.data.synthetic.two_feature_patches import (
     FAST_AXIS,
     SLOW_AXIS,
     TwoFeaturePatchesDataModule,
