@@ -19,7 +19,7 @@ from lightning_feat.callbacks.neural_collapse import (
 )
 from lightning_feat.callbacks.reports import CurvePlotter, MetricHistory, Panel, SummaryTable
 from lightning_feat.callbacks.simplicity_bias import SharpnessAwareMinimization, SimplicityBiasUpsampler
-from lightning_feat.callbacks.transfer import LinearProbe
+from lightning_feat.callbacks.transfer import FewShotMonitor, LinearProbe
 from lightning_feat.joints.loss.regularizer import Regularizer
 from lightning_feat.joints.loss.terms import WeightSchedule
 
@@ -31,6 +31,7 @@ __all__ = [
     "FeatureRegularizer",
     "FeatureShiftMonitor",
     "FeatureShiftRegularizer",
+    "FewShotMonitor",
     "GrassmannHead",
     "GrassmannMonitor",
     "LinearProbe",

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_feat.callbacks import (
     CollapseThreshold,
     FeatureShiftMonitor,
+    FewShotMonitor,
     GrassmannHead,
     GrassmannMonitor,
     LinearProbe,
@@ -64,6 +65,7 @@ def counted(call, looks, trainer, *args, **kwargs):
         lambda: FeatureShiftMonitor(["net.body"]),
         lambda: MixupGeometryMonitor(num_pairs=4),
         lambda: LinearProbe(penalties=[0.1]),
+        lambda: FewShotMonitor(shots=[1], episodes=2),
         lambda: SimplicityBiasUpsampler(separating_epoch="knee", restart=False),
     ],
     ids=lambda make: None,

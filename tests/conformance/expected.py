@@ -7,7 +7,7 @@ import torch.distributed
 from torch import Tensor
 
 from lightning_feat.functional.common.class_sums import class_sums
-from lightning_feat.functional.neural_collapse import collapse_measures
+from lightning_feat.functional.neural_collapse import cdnv_matrix, collapse_measures
 from lightning_feat.functional.neural_collapse.regression import nrc1, nrc2
 from lightning_feat.functional.transfer.class_separation import (
     class_separation_r2,
@@ -15,6 +15,7 @@ from lightning_feat.functional.transfer.class_separation import (
     pair_angle_sums,
     within_class_variability,
 )
+from lightning_feat.functional.transfer.few_shot import few_shot_error
 from lightning_feat.functional.transfer.probe import hold_out, linear_probe
 from tests.conformance.modules import NUM_CLASSES
 
@@ -129,6 +130,16 @@ def probe(module: Any) -> Values:
     parts = features[~held], targets[~held], features[held], targets[held]
     found = linear_probe(*parts, *test, penalties=(0.01, 0.1))
     return {"linear_probe/accuracy/penultimate": float(found.accuracy)}
+
+
+def few_shots(module: Any) -> Values:
+    """Three episodes of one shot from the validation data."""
+    features, targets, _ = measured(module, "val")
+    found = few_shot_error(features, targets, 1, episodes=3, generator=torch.Generator().manual_seed(0))
+    return {
+        "few_shot/error_1_shot/penultimate": float(found.mean),
+        "few_shot/cdnv/penultimate": float(cdnv_matrix(class_sums(features, targets, NUM_CLASSES)).nanmean()),
+    }
 
 
 def prompts(module: Any) -> Values:

@@ -222,6 +222,14 @@ CALLBACKS = [
         failure=Failure("lightning_feat.callbacks.transfer.linear_probe.linear_probe", "epoch end", call=1),
     ),
     Entry(
+        "FewShotMonitor",
+        "monitor",
+        {"shots": [1], "episodes": 3, "every_n_epochs": 1},
+        values=expected.few_shots,
+        refuses={**EXACT, "soft labels": INTEGERS},
+        failure=Failure("lightning_feat.callbacks.transfer.few_shot.few_shot_error", "epoch end", call=1),
+    ),
+    Entry(
         "DataPlan",
         "data",
         {"plan": methods.plan},
@@ -322,7 +330,8 @@ def company(entry: Entry) -> Entry:
     simplex = ["SimplexETFHead", "DotRegressionRegularizer", "MixupGeometryMonitor", "CollapseThreshold"]
     grassmann = ["GrassmannHead", "GrassmannMonitor", "NeuralCollapseMonitor (exact)"]
     heads = simplex if entry.name in [*simplex, "NeuralCollapseMonitor (online)"] else grassmann
-    others = ["FeatureRegularizer", "NeuralCollapseRegularizer", "LinearProbe", "DataPlan", "CurvePlotter"]
+    others = ["FeatureRegularizer", "NeuralCollapseRegularizer", "LinearProbe", "FewShotMonitor"]
+    others += ["DataPlan", "CurvePlotter"]
     members = [by_name[name] for name in [*heads, *others]]
     last = by_name["SummaryTable"]
     epochs = max(member.epochs for member in members)

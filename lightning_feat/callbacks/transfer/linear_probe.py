@@ -1,12 +1,9 @@
 from collections.abc import Sequence
-from contextlib import suppress
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -19,19 +16,16 @@ from lightning_feat.functional.transfer.probe import (
     linear_probe,
 )
 from lightning_feat.joints.data.epoch_ends import EpochEnds, MeasuresAtEpochEnds
-from lightning_feat.joints.data.passes import clean_loader, try_first_batch
-from lightning_feat.joints.data.processes import gather_samples
-from lightning_feat.joints.data.shared_pass import Again, read_clean
+from lightning_feat.joints.data.samples import Loaders, Samples, loaders_of, try_parts
+from lightning_feat.joints.data.shared_pass import read_clean
 from lightning_feat.joints.data.ways import Forward, Ways
-from lightning_feat.joints.features.batches import TargetKey, class_indices, mask_of, targets_of
+from lightning_feat.joints.features.batches import TargetKey
 from lightning_feat.joints.features.nonfinite import NonfiniteWatch
 from lightning_feat.joints.features.pooling import Pooling
 from lightning_feat.joints.features.taps import FeatureTap, Read
 from lightning_feat.joints.module.head_check import check_found, forget_check
 from lightning_feat.joints.run.averaging import WhichWeights
 from lightning_feat.joints.run.twins import refuse_twin
-
-_Loaders = dict[Literal["train", "val", "test"], Any]
 
 
 class LinearProbe(MeasuresAtEpochEnds):
@@ -106,7 +100,7 @@ class LinearProbe(MeasuresAtEpochEnds):
             raise ValueError("a probe with its own loaders needs train, and val or test: give both, or none at all.")
         self.tap = FeatureTap(layer, read, pooling)
         self.data, self.name, self.every_n_epochs = data, name, every_n_epochs
-        self.loaders: _Loaders = {"train": train, "val": val, "test": test}
+        self.loaders: Loaders = {"train": train, "val": val, "test": test}
         self.scaling: Scaling = scaling
         self.penalties, self.weights = tuple(penalties), weights
         self.target_key, self.ignore_index, self.mask_key = target_key, ignore_index, mask_key
@@ -129,34 +123,25 @@ class LinearProbe(MeasuresAtEpochEnds):
         self.tap.attach(pl_module)
         check_found(pl_module, self.state_key, [self.tap], only_reads=True)
         if self.data is not None:
-            self.loaders = _loaders_of(trainer, self.data)
+            self.loaders = loaders_of(trainer, self.data)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # What is wrong with the data is said now, not after the last epoch. Loaders of a validation that comes later
         # are not there yet.
         late = trainer.val_dataloaders is None and trainer.check_val_every_n_epoch != 1
         foreign = any(loader is not None for loader in self.loaders.values())
-        if foreign and self.ways.forward is None and isinstance(trainer.train_dataloader, DataLoader):
-            run = clean_loader(trainer, trainer.train_dataloader, "train")  # on its own data the module says how
-            with suppress(ValueError):
-                try_first_batch(trainer, pl_module, run, "run", self.ways, [self.tap])
-        for name, loader in self._parts(trainer, val_may_be_missing=late).items():
-            clean = clean_loader(trainer, loader, name)
-            batch = try_first_batch(trainer, pl_module, clean, name, self.ways, [self.tap], foreign)
-            if batch is not None:
-                targets = targets_of(batch, self.target_key)
-                class_indices(targets, targets.numel(), f"the targets for layer {self.tap.label}")
+        try_parts(trainer, pl_module, self, self._parts(trainer, val_may_be_missing=late), foreign)
 
     def wanted(self, trainer: Trainer) -> dict[str, Any]:
         return self._parts(trainer) if self.ends.is_due(trainer) else {}
 
-    def new_reading(self, trainer: Trainer, module: LightningModule, name: str) -> "_Samples":
-        return _Samples(trainer, module, self)
+    def new_reading(self, trainer: Trainer, module: LightningModule, name: str) -> Samples:
+        return Samples("Linear probe", trainer, module, self)
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> None:
         features: dict[str, tuple[Tensor, Tensor]] = {}
         for name, loader in self._parts(trainer).items():
-            samples: _Samples = read_clean(trainer, pl_module, self, name, loader)
+            samples: Samples = read_clean(trainer, pl_module, self, name, loader)
             features[name] = samples.features, samples.targets
         if "val" not in features:
             held = hold_out(features["train"][1])
@@ -208,50 +193,3 @@ class LinearProbe(MeasuresAtEpochEnds):
                 "data, or the probe loaders of its own (arguments `data`, or `train` and `test`)."
             )
         return {str(name): loader for name, loader in parts.items()}
-
-
-class _Samples:
-    """Features and targets of all processes, in the order of the data set, those left out that have no class."""
-
-    title = "Linear probe"
-
-    def __init__(self, trainer: Trainer, module: LightningModule, probe: LinearProbe) -> None:
-        self._trainer, self._probe, self.taps = trainer, probe, [probe.tap]
-        self.features = torch.zeros(0, 1, device=module.device)
-        self.targets = torch.zeros(0, dtype=torch.long, device=module.device)
-        self._parts: list[tuple[Tensor, Tensor]] = []
-
-    def take(self, batch: Any) -> None:
-        probe, tap = self._probe, self._probe.tap
-        mask = mask_of(batch, probe.mask_key)
-        h = tap.take(mask)
-        where = f"the targets for layer {tap.label}"
-        t = class_indices(targets_of(batch, probe.target_key), len(h), where, tap.pooling != "tokens").to(h.device)
-        if tap.pooling == "tokens" and mask is not None:
-            t = t.masked_fill(~mask.to(h.device).flatten(), probe.ignore_index)
-        self._parts.append((h, t))
-
-    def finish(self, again: Again) -> None:
-        if self._parts:
-            self.features, self.targets = (torch.cat(column) for column in zip(*self._parts, strict=True))
-        self._parts = []
-        world, device = self._trainer.world_size, self.targets.device
-        index = self._trainer.global_rank + world * torch.arange(len(self.targets), device=device)
-        h, t, _ = gather_samples(self.features, self.targets, index)
-        keep = (t != self._probe.ignore_index) & (t >= 0)
-        self.features, self.targets = h[keep], t[keep]
-
-
-def _loaders_of(trainer: Trainer, data: LightningDataModule) -> _Loaders:
-    with isolate_rng():
-        if trainer.local_rank == 0 and (data.prepare_data_per_node or trainer.global_rank == 0):
-            data.prepare_data()
-        trainer.strategy.barrier("LinearProbe")
-        data.setup("fit")
-        loaders: _Loaders = {"train": data.train_dataloader(), "val": None, "test": None}
-        if is_overridden("val_dataloader", data, LightningDataModule):
-            loaders["val"] = data.val_dataloader()
-        if is_overridden("test_dataloader", data, LightningDataModule):
-            data.setup("test")
-            loaders["test"] = data.test_dataloader()
-    return loaders
