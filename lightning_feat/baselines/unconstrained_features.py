@@ -26,12 +26,19 @@ class FreeFeatures(nn.Module):
         nonnegative: pass the parameters through a ReLU. They start positive, since a ReLU that is off stays off.
         init_scale: standard deviation of the normal start; with ``nonnegative``, of the normal whose absolute value it
             is.
+        given: ``(N, D)`` start in its place.
     """
 
-    def __init__(self, num_samples: int, num_features: int, nonnegative: bool, init_scale: float) -> None:
+    given: Tensor | None
+
+    def __init__(
+        self, num_samples: int, num_features: int, nonnegative: bool, init_scale: float, given: Tensor | None = None
+    ) -> None:
         super().__init__()
         start_ND = init_scale * torch.randn(num_samples, num_features, dtype=torch.float64)
+        start_ND = start_ND if given is None else given.clone()
         self.nonnegative = nonnegative
+        self.register_buffer("given", given, persistent=False)
         self.free = nn.Parameter(start_ND.abs() if nonnegative else start_ND)
 
     def all(self) -> Tensor:
@@ -54,6 +61,10 @@ class UnconstrainedFeatures(Baseline):
     with the mean cross-entropy, or the squared error :math:`\tfrac{1}{2N} \lVert W_M \cdots W_1 H + b - Y \rVert^2`
     against one-hot targets or given outputs. The decays are part of the loss: give the optimizer none of its own.
 
+    With ``given`` features :math:`H_0` the objective has :math:`\tfrac{\beta}{2} \lVert H - H_0 \rVert^2` beside,
+    which keeps the features near them, as those of a layer are near what the layer before gives; they start there.
+    ``functional.neural_collapse.kept_features_optimum`` has the solution for the squared error.
+
     Brings its data: the training loader hands out ``(indices, targets)`` of all samples in one batch, classes one after
     the other, so that an epoch is one step of the optimizer. Logs after each epoch ``train/objective`` and
     ``train/gradient``, the largest entry of its gradient, by which to stop.
@@ -73,6 +84,9 @@ class UnconstrainedFeatures(Baseline):
         weight_decay: factor :math:`\lambda_W`.
         feature_decay: factor :math:`\lambda_H`, on the sum over all samples and not on their mean.
         init_scale: standard deviation of features and weights at the start.
+        given: ``(N, D)`` nested sequence of numbers, features to stay near to, for the samples in their order; D is
+            then theirs, and must be ``num_features``.
+        keep_weight: factor :math:`\beta`, on the sum over all samples.
         iterations: of L-BFGS, the default optimizer, in each step, that is in each epoch; None for 20.
 
     Raises:
@@ -100,6 +114,8 @@ class UnconstrainedFeatures(Baseline):
         feature_decay: float = 2e-4,
         init_scale: float = 1.0,
         iterations: int | None = None,
+        given: Sequence[Sequence[float]] | None = None,
+        keep_weight: float = 0.0,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -121,7 +137,9 @@ class UnconstrainedFeatures(Baseline):
         targets = _class_targets(counts) if counts is not None else _output_targets(outputs)
         self.num_outputs = len(counts) if counts is not None else targets.shape[1]
         self.register_buffer("targets", targets, persistent=False)
-        self.features = FreeFeatures(len(targets), num_features, nonnegative, init_scale)
+        near = _given_features(given, (len(targets), num_features), nonnegative, keep_weight)
+        self.keep_weight = keep_weight
+        self.features = FreeFeatures(len(targets), num_features, nonnegative, init_scale, near)
         widths = [num_features] * num_layers + [self.num_outputs]
         layers = [
             nn.Linear(num_features, width, bias=bias and last, dtype=torch.float64)
@@ -166,7 +184,10 @@ class UnconstrainedFeatures(Baseline):
             wanted = targets if targets.is_floating_point() else one_hot(targets, self.num_outputs)
             error = (logits - wanted).square().sum() / (2 * len(logits))
         weights = sum((layer.weight.square().sum() for layer in self._layers), error.new_zeros(()))
-        decay = self.weight_decay * weights + self.feature_decay * self.features.all().square().sum()
+        free_ND = self.features.all()
+        decay = self.weight_decay * weights + self.feature_decay * free_ND.square().sum()
+        if self.features.given is not None:
+            decay = decay + self.keep_weight * (free_ND - self.features.given).square().sum()
         return error + (decay + self.bias_decay * self.bias.square().sum()) / 2
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -210,3 +231,20 @@ def _output_targets(outputs: Any) -> Tensor:
     if targets.ndim != 2 or targets.numel() == 0:
         raise ValueError(f"outputs must be (N, C) numbers, got shape {tuple(targets.shape)}.")
     return targets
+
+
+def _given_features(given: Any, shape: tuple[int, int], nonnegative: bool, keep_weight: float) -> Tensor | None:
+    if given is None:
+        if keep_weight:
+            raise ValueError(f"{keep_weight=}, but nothing to stay near to: give features (argument given).")
+        return None
+    features = torch.as_tensor(given, dtype=torch.float64)
+    if tuple(features.shape) != shape or not features.isfinite().all():
+        raise ValueError(
+            f"given must be finite numbers of shape {shape}, samples and num_features, got {tuple(features.shape)}."
+        )
+    if keep_weight <= 0:
+        raise ValueError(f"{keep_weight=}: with given features it must be above zero.")
+    if nonnegative and bool((features < 0).any()):
+        raise ValueError("nonnegative=True, but given has numbers below zero.")
+    return features

@@ -9,6 +9,7 @@ from lightning.pytorch.cli import LightningCLI
 from lightning_feat.baselines import UnconstrainedFeatures
 from lightning_feat.callbacks import NeuralCollapseMonitor
 from lightning_feat.functional.neural_collapse import geometry as geometry
+from lightning_feat.functional.neural_collapse import kept_features_optimum
 from lightning_feat.functional.neural_collapse.regression import regression_optimum
 
 
@@ -184,3 +185,26 @@ def test_a_copy_trains_its_own_features(tmp_path):
 def test_arguments_that_do_not_fit_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         UnconstrainedFeatures(**arguments)
+
+
+def test_features_kept_near_given_ones_reach_the_reference_solution(tmp_path):
+    given = torch.randn(12, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 1
+    decays = {"weight_decay": 0.02, "feature_decay": 1e-3, "keep_weight": 5e-3}
+    module, _ = train(tmp_path, counts=[5, 4, 3], num_features=4, loss="mse", given=given.tolist(), **decays)
+    found = kept_features_optimum(given, module.targets, *decays.values())
+    same(module.features.all(), found.features)
+    same(module.weight, found.weight)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"given": [[1.0, 2.0]], "keep_weight": 1.0}, r"given must be finite numbers of shape \(4, 2\)"),
+        ({"given": [[1.0, 2.0]] * 4}, "keep_weight=0.0: with given features it must be above zero"),
+        ({"keep_weight": 1.0}, "nothing to stay near to"),
+        ({"given": [[1.0, -2.0]] * 4, "keep_weight": 1.0, "nonnegative": True}, "numbers below zero"),
+    ],
+)
+def test_given_features_that_do_not_fit_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        UnconstrainedFeatures(counts=[2, 2], num_features=2, **arguments)

@@ -17,6 +17,7 @@ from lightning_feat.functional.common.looks import values_are_at_hand, without_l
 from lightning_feat.functional.common.precision import full_precision
 from lightning_feat.functional.feature_shift import shift_sums
 from lightning_feat.functional.neural_collapse.duality import neco_subspace
+from lightning_feat.functional.neural_collapse.kept_features import kept_features_optimum
 from lightning_feat.functional.neural_collapse.mixup import MixSums, mix_sums
 from lightning_feat.functional.neural_collapse.pairs import pair_statistics
 from lightning_feat.functional.transfer.class_separation import direction_sums, pair_angle_sums
@@ -429,6 +430,11 @@ CASES: dict[str, Case] = {
     "neural_collapse.nrc3": Case(lambda w: (w.vectors(), w.covariance(), 0.0), degree=0),
     "neural_collapse.nrc3_best_gamma": Case(lambda w: (w.vectors(), w.covariance())),
     "neural_collapse.nrc3_gamma_from_traces": Case(lambda w: (w.vectors(), w.covariance())),
+    "neural_collapse.kept_features_optimum": Case(
+        lambda w: (w.features(), w.targets(), 0.1, 0.01, 0.1),
+        function=lambda *arguments: kept_features_optimum(*arguments)[:3],  # the last is rounding
+        tolerance=1e-7,  # of L-BFGS
+    ),
     "neural_collapse.regression_optimum": Case(lambda w: (w.outputs(), *_decays(w))),
     "neural_collapse.explained_variance_ratio": Case(lambda w: (w.features(), 3), degree=0, samples="nothing"),
     "neural_collapse.two_neighbor_dimension": Case(
@@ -518,4 +524,5 @@ STILL_FIT: dict[str, dict[int, set[str]]] = {
     "neural_collapse.prototype_cosines": {0: _ROWS, 1: _ROWS},
     "simplicity_bias.useful_indices": {2: {"beyond"}},
     "transfer.few_shot_error": {1: _CLASSES},
+    "neural_collapse.kept_features_optimum": {1: {"beyond"}},
 }

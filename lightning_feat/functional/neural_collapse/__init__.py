@@ -50,6 +50,7 @@ from lightning_feat.functional.neural_collapse.geometry import (
     orthogonal_frame_error,
     seli_grams,
 )
+from lightning_feat.functional.neural_collapse.kept_features import KeptOptimum, kept_features_optimum
 from lightning_feat.functional.neural_collapse.losses import (
     PushVariant,
     balanced_lengths,
@@ -132,6 +133,7 @@ __all__ = [
     "ClassSums",
     "CollapsePicture",
     "GlobalMean",
+    "KeptOptimum",
     "MixSums",
     "NecoSubspace",
     "NonnegativeFrame",
@@ -173,6 +175,7 @@ __all__ = [
     "free_strength",
     "general_frame_error",
     "gram_error",
+    "kept_features_optimum",
     "known_measures",
     "minority_cosine",
     "mix_measures",
