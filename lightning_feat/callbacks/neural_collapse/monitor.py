@@ -7,7 +7,7 @@ from torch import Tensor
 from lightning_feat.arguments import checked
 from lightning_feat.callbacks.neural_collapse.classifier import classifier_tensors
 from lightning_feat.callbacks.neural_collapse.exact_pass import CollapseReading
-from lightning_feat.callbacks.neural_collapse.patterns import MeasurePatterns
+from lightning_feat.callbacks.neural_collapse.patterns import LAYER_RATIO, MeasurePatterns
 from lightning_feat.callbacks.neural_collapse.report import CollapseReport
 from lightning_feat.callbacks.neural_collapse.thresholds import CollapseThreshold, ThresholdWatch
 from lightning_feat.functional.common.class_sums import GlobalMean
@@ -39,6 +39,9 @@ class NeuralCollapseMonitor(MeasuresAtEpochEnds):
 
     The names of the measures state their convention; ``functional.neural_collapse.collapse_measures`` lists and
     defines them.
+
+    Of several layers, listed from input to output, ``nc1_layer_ratio`` is NC1 (by quotient) over that of the layer before:
+    below one where a layer draws classes together (Tirer, Huang, Niles-Weed, ICML 2023).
 
     ``mode="online"`` sums the training batches as they pass: no extra forward, but the weights move during the epoch,
     so the values lag those at fixed weights until training settles; they are those of the network in training mode,
@@ -149,6 +152,7 @@ class NeuralCollapseMonitor(MeasuresAtEpochEnds):
         self.nonfinite = NonfiniteWatch("neural collapse", " and are left out of the measures")
         self.silence = SilenceWatch(self.state_key)
         self._online: dict[str, NeuralCollapse] = {}
+        self._before: dict[str, Tensor] = {}  # NC1 of the layer before, by data
         self._warned: set[str] = set()
 
     @property
@@ -230,8 +234,8 @@ class NeuralCollapseMonitor(MeasuresAtEpochEnds):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.mode == "online":
-            for label, metric in self._online.items():
-                self._report(trainer, pl_module, metric, label, "train")
+            for label in (label for label in self.taps.labels if label in self._online):  # not as they were first heard
+                self._report(trainer, pl_module, self._online[label], label, "train")
             self.silence.end_epoch(trainer)
             self._end_round()
         else:
@@ -276,6 +280,7 @@ class NeuralCollapseMonitor(MeasuresAtEpochEnds):
 
     def _end_round(self) -> None:
         self.watch.end_round()
+        self._before = {}
         if lost := self.measures.never_given():
             self._warn_once(lost)
 
@@ -307,6 +312,9 @@ class NeuralCollapseMonitor(MeasuresAtEpochEnds):
             metric.set_classifier(**classifier)
         values = metric.compute()
         lost = int(values.pop("nonfinite_samples"))
+        if (before := self._before.get(data)) is not None:
+            values[LAYER_RATIO] = values["nc1_quotient"] / before
+        self._before[data] = values["nc1_quotient"]
         self.nonfinite.check(trainer, label, lost, lost + float(metric.counts.sum()) * trainer.world_size)
         train = "neural_collapse_exact" if self._beside_online else "neural_collapse"
         method = train if data == "train" else "neural_collapse_val"

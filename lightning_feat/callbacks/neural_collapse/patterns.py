@@ -4,7 +4,9 @@ from fnmatch import filter as matching
 
 from lightning_feat.functional.neural_collapse import known_measures
 
+LAYER_RATIO = "nc1_layer_ratio"  # of two layers, which no function of one layer's sums can give
 DEFAULT_MEASURES = (
+    LAYER_RATIO,
     *("nc0", "nc1_pinv_over_k", "nc1_quotient", "cdnv", "vci", "nc2_equinorm", "nc2_equiangularity", "nc2_etf_error"),
     *("nc2_subspace_*", "nc3", "nc3_subspace_angle", "nc4_mismatch", "ncc_accuracy"),
 )
@@ -21,9 +23,10 @@ class MeasurePatterns:
     """
 
     def __init__(self, measures: list[str] | None) -> None:
+        known = [*known_measures(), LAYER_RATIO]
         for pattern in measures or ():
-            if not matching(known_measures(), pattern):
-                near = get_close_matches(pattern, known_measures(), n=3, cutoff=0.3) or sorted(known_measures())
+            if not matching(known, pattern):
+                near = get_close_matches(pattern, known, n=3, cutoff=0.3) or sorted(known)
                 raise ValueError(f"measures={measures}: {pattern!r} matches no measure; nearest: {', '.join(near)}.")
         self.patterns = DEFAULT_MEASURES if measures is None else tuple(measures)
         self._asked = measures or []
@@ -47,5 +50,5 @@ class MeasurePatterns:
         return (
             f"measures={lost}: no layer that is watched gives such a measure. nc4_mismatch and ncc_accuracy need "
             "mode='exact', nc1_pinv there or second_moment=True, nc0 and nc3 the layer that feeds the classifier, "
-            "subspace measures a GrassmannLinear."
+            f"subspace measures a GrassmannLinear, {LAYER_RATIO} several layers."
         )

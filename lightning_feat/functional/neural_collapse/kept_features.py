@@ -35,9 +35,9 @@ def kept_features_optimum(
               + \tfrac{\lambda_H}{2} \lVert H \rVert^2 + \tfrac{\beta}{2} \lVert H - H_0 \rVert^2
 
     The features that belong to a head W are
-    :math:`(W^\top W / N + (\lambda_H + \beta) I)^{-1} (W^\top Y / N + \beta H_0)`, so that W alone is searched, by L-BFGS from
-    the head that is best for the given features. There is no closed form for W; of several minima it is the one
-    nearest to them. At the minimum the classes vary less about their means, over the distance of these, than in the
+    :math:`(W^\top W / N + (\lambda_H + \beta) I)^{-1} (W^\top Y / N + \beta H_0)`, so that W alone is searched, by
+    L-BFGS from the head that is best for the given features. There is no closed form for W; of several minima it is the
+    one nearest to them. At the minimum the classes vary less about their means, over the distance of these, than in the
     given features (``nc1_quotient``), and the less, the smaller :math:`\beta`: near zero they collapse.
 
     Costs ``D^3 + 2 N D^2`` operations an iteration. Source: Tirer, Huang, Niles-Weed, "Perturbation analysis of neural

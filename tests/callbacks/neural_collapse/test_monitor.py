@@ -323,3 +323,20 @@ def test_two_modes_for_one_layer_log_under_two_names(tmp_path):
     name = "nc1_quotient/penultimate"
     assert both.callback_metrics[f"neural_collapse_exact/{name}"] == alone.callback_metrics[f"neural_collapse/{name}"]
     assert both.callback_metrics[f"neural_collapse/{name}"] != alone.callback_metrics[f"neural_collapse/{name}"]
+
+
+@pytest.mark.parametrize("mode", ["online", "exact"])
+def test_nc1_over_that_of_the_layer_before(tmp_path, mode):
+    layers = ["net.body.0", "net.body.1", "net.fc"]
+    monitor = NeuralCollapseMonitor(layer=layers, mode=mode, num_classes=3, measures=["nc1_quotient", "nc1_layer_*"])
+    logged = fit(tmp_path, seeded(Plain), monitor).callback_metrics
+    nc1 = [float(logged[f"neural_collapse/nc1_quotient/{layer}"]) for layer in layers]
+    for before, value, layer in zip(nc1, nc1[1:], layers[1:], strict=False):
+        ratio = float(logged[f"neural_collapse/nc1_layer_ratio/{layer}"])
+        assert ratio == pytest.approx(value / before, rel=1e-6)
+    assert "neural_collapse/nc1_layer_ratio/net.body.0" not in logged
+
+
+def test_the_ratio_of_layers_asked_for_with_one_layer_is_said_to_have_no_effect(tmp_path):
+    with pytest.warns(UserWarning, match=r"nc1_layer_ratio.*no layer.*nc1_layer_ratio several layers"):
+        fit(tmp_path, seeded(Plain), NeuralCollapseMonitor(measures=["nc1_layer_ratio"]))
