@@ -61,6 +61,7 @@ CALLBACKS = [
     Entry("RegressionCollapseMonitor", lambda _: [ours.RegressionCollapseMonitor()], task="regression"),
     Entry("MixupGeometryMonitor", lambda _: [ours.MixupGeometryMonitor(num_pairs=64)]),
     Entry("LinearProbe (every epoch)", lambda _: [ours.LinearProbe(every_n_epochs=1)]),
+    Entry("ClassNormRealignment", lambda _: [ours.ClassNormRealignment()]),
     Entry("FewShotMonitor (every epoch)", lambda _: [ours.FewShotMonitor(every_n_epochs=1)]),
     Entry("FeatureRegularizer", lambda _: [ours.FeatureRegularizer(spread, "spread", 1e-3)]),
     Entry("FeatureShiftMonitor (4 layers)", lambda _: [ours.FeatureShiftMonitor(LAYERS)]),

@@ -9,6 +9,7 @@ from lightning_feat.callbacks.feature_regularizer import FeatureRegularizer
 from lightning_feat.callbacks.feature_shift import FeatureShiftMonitor, FeatureShiftRegularizer, PromptLearner
 from lightning_feat.callbacks.grassmann import GrassmannHead, GrassmannMonitor
 from lightning_feat.callbacks.neural_collapse import (
+    ClassNormRealignment,
     CollapseThreshold,
     DotRegressionRegularizer,
     MixupGeometryMonitor,
@@ -16,6 +17,7 @@ from lightning_feat.callbacks.neural_collapse import (
     NeuralCollapseRegularizer,
     RegressionCollapseMonitor,
     SimplexETFHead,
+    realign_classifier,
 )
 from lightning_feat.callbacks.reports import CurvePlotter, MetricHistory, Panel, SummaryTable
 from lightning_feat.callbacks.simplicity_bias import SharpnessAwareMinimization, SimplicityBiasUpsampler
@@ -24,6 +26,7 @@ from lightning_feat.joints.loss.regularizer import Regularizer
 from lightning_feat.joints.loss.terms import WeightSchedule
 
 __all__ = [
+    "ClassNormRealignment",
     "CollapseThreshold",
     "CurvePlotter",
     "DataPlan",
@@ -49,4 +52,5 @@ __all__ = [
     "SummaryTable",
     "WeightSchedule",
     "load_with_head",
+    "realign_classifier",
 ]

@@ -4,6 +4,7 @@ from typing import ClassVar
 from lightning.pytorch import Callback
 
 from lightning_feat.callbacks import (
+    ClassNormRealignment,
     DotRegressionRegularizer,
     MixupGeometryMonitor,
     NeuralCollapseMonitor,
@@ -19,10 +20,11 @@ class NeuralCollapseMixin(CallbacksMixin):
 
     Attributes:
         neural_collapse_monitor: keywords of ``callbacks.NeuralCollapseMonitor``; None for none.
-        neural_collapse_regularizer: of ``callbacks.NeuralCollapseRegularizer``; and the next two of the callbacks of
+        neural_collapse_regularizer: of ``callbacks.NeuralCollapseRegularizer``; and the next three of the callbacks of
             their names. None, the default, for none.
         mixup_geometry_monitor: see above.
         regression_collapse_monitor: see above.
+        class_norm_realignment: see above.
     """
 
     brings: ClassVar[Sequence[type[Callback]]] = (
@@ -30,11 +32,13 @@ class NeuralCollapseMixin(CallbacksMixin):
         NeuralCollapseRegularizer,
         MixupGeometryMonitor,
         RegressionCollapseMonitor,
+        ClassNormRealignment,
     )
     neural_collapse_monitor: Options = DEFAULTS
     neural_collapse_regularizer: Options = None
     mixup_geometry_monitor: Options = None
     regression_collapse_monitor: Options = None
+    class_norm_realignment: Options = None
 
 
 class SimplexETFMixin(CallbacksMixin):

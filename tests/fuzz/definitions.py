@@ -198,3 +198,15 @@ def binary_auc(scores: Tensor, targets: Tensor) -> Tensor:
         (a, b) for a, s in zip(scores, targets, strict=True) for b, t in zip(scores, targets, strict=True) if s > t
     ]
     return _mean([(a > b).double() + (a == b).double() / 2 for a, b in pairs])
+
+
+def realigned_lengths(weight: Tensor) -> Tensor:
+    lengths = [_length(row) for row in weight]
+    filled = [length for length in lengths if length > 0]
+    mean = sum(filled, torch.zeros(()).double()) / len(filled) if filled else torch.ones(()).double()
+    return torch.stack([mean / length if length > 0 else torch.ones(()).double() for length in lengths])
+
+
+def prior_shift(frequencies: Tensor, train_frequencies: Tensor) -> Tensor:
+    new, old = sum(frequencies), sum(train_frequencies)
+    return torch.stack([((f / new) / (g / old)).log() for f, g in zip(frequencies, train_frequencies, strict=True)])

@@ -435,6 +435,12 @@ CASES: dict[str, Case] = {
         function=lambda *arguments: kept_features_optimum(*arguments)[:3],  # the last is rounding
         tolerance=1e-7,  # of L-BFGS
     ),
+    "neural_collapse.realigned_lengths": Case(
+        lambda w: (w.vectors(),), degree=0, scales=(-20, 20), definition=slow.realigned_lengths
+    ),
+    "neural_collapse.prior_shift": Case(
+        lambda w: (torch.arange(1.0, w.num_classes + 1), torch.ones(w.num_classes)), definition=slow.prior_shift
+    ),
     "neural_collapse.regression_optimum": Case(lambda w: (w.outputs(), *_decays(w))),
     "neural_collapse.explained_variance_ratio": Case(lambda w: (w.features(), 3), degree=0, samples="nothing"),
     "neural_collapse.two_neighbor_dimension": Case(

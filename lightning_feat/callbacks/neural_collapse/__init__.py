@@ -2,12 +2,14 @@
 
 from lightning_feat.callbacks.neural_collapse.mixup import MixupGeometryMonitor
 from lightning_feat.callbacks.neural_collapse.monitor import NeuralCollapseMonitor
+from lightning_feat.callbacks.neural_collapse.realignment import ClassNormRealignment, realign_classifier
 from lightning_feat.callbacks.neural_collapse.regression import RegressionCollapseMonitor
 from lightning_feat.callbacks.neural_collapse.regularizer import NeuralCollapseRegularizer
 from lightning_feat.callbacks.neural_collapse.simplex import DotRegressionRegularizer, SimplexETFHead
 from lightning_feat.callbacks.neural_collapse.thresholds import CollapseThreshold
 
 __all__ = [
+    "ClassNormRealignment",
     "CollapseThreshold",
     "DotRegressionRegularizer",
     "MixupGeometryMonitor",
@@ -15,4 +17,5 @@ __all__ = [
     "NeuralCollapseRegularizer",
     "RegressionCollapseMonitor",
     "SimplexETFHead",
+    "realign_classifier",
 ]

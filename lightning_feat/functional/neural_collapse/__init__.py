@@ -89,6 +89,7 @@ from lightning_feat.functional.neural_collapse.mixup import (
     strength_of_margin,
 )
 from lightning_feat.functional.neural_collapse.picture import CollapsePicture, collapse_picture
+from lightning_feat.functional.neural_collapse.realignment import prior_shift, realigned_lengths
 from lightning_feat.functional.neural_collapse.regression import (
     RegressionOptimum,
     explained_variance_ratio,
@@ -218,7 +219,9 @@ __all__ = [
     "nrc3_gamma_from_traces",
     "orthogonal_frame_error",
     "plane_residual",
+    "prior_shift",
     "prototype_cosines",
+    "realigned_lengths",
     "regression_optimum",
     "repeated_by_sampler",
     "rounding_of",
