@@ -40,8 +40,8 @@ class NeuralCollapseMonitor(MeasuresAtEpochEnds):
     The names of the measures state their convention; ``functional.neural_collapse.collapse_measures`` lists and
     defines them.
 
-    Of several layers, listed from input to output, ``nc1_layer_ratio`` is NC1 (by quotient) over that of the layer before:
-    below one where a layer draws classes together (Tirer, Huang, Niles-Weed, ICML 2023).
+    Of several layers, listed from input to output, ``nc1_layer_ratio`` is NC1 (by quotient) over that of the layer
+    before: below one where a layer draws classes together (Tirer, Huang, Niles-Weed, ICML 2023).
 
     ``mode="online"`` sums the training batches as they pass: no extra forward, but the weights move during the epoch,
     so the values lag those at fixed weights until training settles; they are those of the network in training mode,

@@ -1,4 +1,4 @@
-"""What unequal classes do to a classifier, taken back after training: lengths of its rows, and the prior of its classes.
+"""What unequal classes do to a classifier, taken back after training: lengths of its rows, and its prior.
 
 Shapes: C classes, D features.
 """

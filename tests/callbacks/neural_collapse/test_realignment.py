@@ -55,7 +55,8 @@ def test_tests_run_on_rows_of_other_lengths_and_weights_stay(tmp_path):
     h, w, b = plain(module)
     expected = h @ (w * realigned_lengths(w, 0.7)[:, None]).float().T + b
     torch.testing.assert_close(heard, expected, rtol=0, atol=1e-5)
-    assert equal(before, weights(module)) and names == [*module.state_dict()]
+    assert equal(before, weights(module))
+    assert names == [*module.state_dict()]
     assert not module.net.fc._forward_hooks
     torch.testing.assert_close(module(points(16).tensors[0]), h @ w.float().T + b)
 
