@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning import LightningModule
 
-from lightning_feat.arguments import checked_values
+from lightning_feat.joints.arguments import checked_values
 
 
 class Baseline(LightningModule):

@@ -10,8 +10,8 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_feat.arguments import checked
 from lightning_feat.baselines.baseline import Baseline, default_optimizer
+from lightning_feat.joints.arguments import checked
 
 
 class Classifier(Baseline):

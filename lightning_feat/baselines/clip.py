@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_feat.arguments import checked
+from lightning_feat.joints.arguments import checked
 
 
 class Block(nn.Module):

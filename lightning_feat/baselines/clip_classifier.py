@@ -14,11 +14,11 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 
-from lightning_feat.arguments import checked_values
 from lightning_feat.baselines.baseline import default_optimizer
 from lightning_feat.baselines.classifier import describe
 from lightning_feat.baselines.clip_sources import Source
 from lightning_feat.baselines.named_classes import NamedClasses, distinct
+from lightning_feat.joints.arguments import checked_values
 
 
 class ClipClassifier(NamedClasses):

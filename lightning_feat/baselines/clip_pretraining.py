@@ -16,11 +16,11 @@ from torch.nn.functional import cross_entropy
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from lightning_feat.arguments import checked_values
 from lightning_feat.baselines.baseline import Baseline, default_optimizer
 from lightning_feat.baselines.classifier import describe
 from lightning_feat.baselines.clip import SmallClip
 from lightning_feat.baselines.clip_tokenizer import WordTokenizer
+from lightning_feat.joints.arguments import checked_values
 
 
 def contrastive_loss(image_features: Tensor, text_features: Tensor, scale: Tensor) -> Tensor:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from lightning_feat.arguments import checked
 from lightning_feat.baselines.baseline import Baseline
 from lightning_feat.baselines.clip_sources import Source, load_clip
 from lightning_feat.baselines.clip_tokenizer import Tokenizer
+from lightning_feat.joints.arguments import checked
 
 
 class NamedClasses(Baseline):

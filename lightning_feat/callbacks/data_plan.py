@@ -7,8 +7,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_feat.arguments import checked
 from lightning_feat.data.plan import Length, PlanSampler
+from lightning_feat.joints.arguments import checked
 from lightning_feat.joints.data.epoch_ends import is_last_epoch
 from lightning_feat.joints.data.samplers import processes_share, with_sampler
 from lightning_feat.joints.data.train_loader import (

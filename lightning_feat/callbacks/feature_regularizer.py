@@ -2,7 +2,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from lightning_feat.arguments import checked
+from lightning_feat.joints.arguments import checked
 from lightning_feat.joints.features.batches import TargetKey
 from lightning_feat.joints.features.pooling import Pooling
 from lightning_feat.joints.features.taps import FeatureTap, Read

@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
-from lightning_feat.arguments import checked
 from lightning_feat.data.image_folder import ImageFolderDataModule
 from lightning_feat.data.parts import by_hash
+from lightning_feat.joints.arguments import checked
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 

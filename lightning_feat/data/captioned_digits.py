@@ -12,7 +12,6 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_feat.arguments import checked
 from lightning_feat.data.digits import load_digits
 from lightning_feat.data.parts import Part, PartsDataModule, by_hash
 from lightning_feat.data.scenes import (
@@ -29,6 +28,7 @@ from lightning_feat.data.scenes import (
     split_handwriting,
     vocabulary,
 )
+from lightning_feat.joints.arguments import checked
 
 PIXEL_MEAN, PIXEL_STD = 0.27, 0.15  # those of all channels in pre-training, about
 

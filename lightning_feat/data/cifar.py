@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.data import DataLoader
 
-from lightning_feat.arguments import checked
 from lightning_feat.data.cifar_files import KNOWN, Name, read_cifar
 from lightning_feat.data.parts import Part, PartsDataModule, by_hash, check_share
+from lightning_feat.joints.arguments import checked
 
 
 class CifarDataModule(PartsDataModule):

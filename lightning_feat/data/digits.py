@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from lightning_feat.arguments import checked
 from lightning_feat.data.parts import Part, PartsDataModule, by_hash, check_share, hash_of
+from lightning_feat.joints.arguments import checked
 
 # Mean and standard deviation of the pixels of all 1,797 digits, scaled from [0, 16] to [0, 1].
 PIXEL_MEAN, PIXEL_STD = 0.30526, 0.37605

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from lightning_feat.arguments import checked
 from lightning_feat.data.parts import Part, PartsDataModule, by_hash
+from lightning_feat.joints.arguments import checked
 
 # Mean and standard deviation of the pixels of all 2,624 photographs, scaled from [0, 255] to [0, 1].
 PIXEL_MEAN, PIXEL_STD = 0.59675, 0.16062

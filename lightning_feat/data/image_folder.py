@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_feat.arguments import checked
 from lightning_feat.data.parts import PartsDataModule
+from lightning_feat.joints.arguments import checked
 
 if TYPE_CHECKING:
     from torchvision.datasets import ImageFolder

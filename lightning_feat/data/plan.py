@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
-from lightning_feat.arguments import checked
+from lightning_feat.joints.arguments import checked
 
 Length = Literal["grow", "keep"]
 

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.data import DataLoader
 
-from lightning_feat.arguments import checked
 from lightning_feat.data.digits import PIXEL_MEAN, PIXEL_STD, DigitsDataModule, DigitsPart
 from lightning_feat.data.parts import by_hash, hash_of
+from lightning_feat.joints.arguments import checked
 
 Kind = Literal["colour", "texture"]
 Otherwise = Literal["none", "other"]

@@ -5,8 +5,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lightning_feat.arguments import checked
 from lightning_feat.functional.grassmann import orthonormality_error, polar_projection, random_basis, subspace_logits
+from lightning_feat.joints.arguments import checked
 
 LOST = 1e-2  # orthonormality error that no rounding explains
 _TOLERANCE = 1e-4  # float32 steps stay below 1e-5; a basis that was averaged or stored in half precision is above 1e-3

@@ -3,12 +3,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from lightning_feat.arguments import checked
 from lightning_feat.functional.neural_collapse.simplex import (
     prototype_cosines,
     simplex_prototypes,
     sparse_simplex_prototypes,
 )
+from lightning_feat.joints.arguments import checked
 
 
 class SimplexETF(nn.Module):

@@ -14,7 +14,6 @@ from torch.linalg import vector_norm
 from torch.nn import Module
 from torchmetrics import Metric
 
-from lightning_feat.arguments import checked
 from lightning_feat.functional.common.class_sums import (
     ClassSums,
     accumulation_device,
@@ -25,6 +24,7 @@ from lightning_feat.functional.common.class_sums import (
 )
 from lightning_feat.functional.common.directions import FLOAT32_ROUNDING, rounding_of
 from lightning_feat.functional.common.looks import values_are_at_hand
+from lightning_feat.joints.arguments import checked
 
 
 def all_reduce_sum(state: Tensor, group: Any = None) -> list[Tensor]:

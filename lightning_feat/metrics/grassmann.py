@@ -8,10 +8,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_feat.arguments import checked
 from lightning_feat.functional.common.class_sums import to_float64
 from lightning_feat.functional.grassmann import geodesic_distance, orthonormality_error, principal_angles
 from lightning_feat.functional.grassmann.angles import pairwise_principal_angles
+from lightning_feat.joints.arguments import checked
 from lightning_feat.metrics.common import SumsMetric, at_least_one
 
 _BLOCK_BYTES = 64 * 2**20  # of the bases of the pairs that are compared at once

@@ -12,7 +12,6 @@ from torch.nn import Module
 from torchmetrics import Metric
 from torchmetrics.utilities import rank_zero_warn
 
-from lightning_feat.arguments import checked
 from lightning_feat.functional.common.class_sums import GlobalMean
 from lightning_feat.functional.common.second_pass import CenterSums, ClassCenters, center_sums, class_centers
 from lightning_feat.functional.neural_collapse import (
@@ -24,6 +23,7 @@ from lightning_feat.functional.neural_collapse import (
     within_class_scatter,
 )
 from lightning_feat.functional.neural_collapse.measures import GROWS_WITH_COLLAPSE
+from lightning_feat.joints.arguments import checked
 from lightning_feat.metrics.common import ClassSumsMetric
 
 _NEED_MOMENT = {"vci", "nc1_pinv_over_k"}

@@ -4,7 +4,6 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_feat.arguments import checked
 from lightning_feat.functional.transfer.class_separation import (
     PairAngleSums,
     add_direction_sums_,
@@ -12,6 +11,7 @@ from lightning_feat.functional.transfer.class_separation import (
     pair_angle_sums,
     within_class_variability,
 )
+from lightning_feat.joints.arguments import checked
 from lightning_feat.metrics.common import ClassSumsMetric, SumsMetric, at_least_one
 
 

@@ -7,13 +7,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from lightning_feat.arguments import checked
 from lightning_feat.callbacks.feature_shift.figures import draw_shifts
 from lightning_feat.callbacks.feature_shift.regularizer import FeatureShiftRegularizer
 from lightning_feat.callbacks.reports.curves import Points
 from lightning_feat.callbacks.reports.figures import folder_for_figures, publish_figure
 from lightning_feat.callbacks.reports.history import set_point
 from lightning_feat.functional.feature_shift import ShiftSums, shift_discrepancy, shift_measures, shift_sums
+from lightning_feat.joints.arguments import checked
 from lightning_feat.joints.data.ways import Forward
 from lightning_feat.joints.features.batches import TargetKey
 from lightning_feat.joints.features.nonfinite import NonfiniteWatch

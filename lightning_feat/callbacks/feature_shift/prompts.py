@@ -7,7 +7,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
-from lightning_feat.arguments import checked
+from lightning_feat.joints.arguments import checked
 from lightning_feat.joints.clip.towers import ClipTowers, find_clip_towers
 from lightning_feat.joints.loss.engine import add_loss_term, remove_loss_term
 from lightning_feat.joints.loss.terms import LossTerm, WeightSchedule

@@ -6,7 +6,6 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from lightning_feat.arguments import checked
 from lightning_feat.functional.feature_shift import (
     cosine_shift,
     feature_distillation,
@@ -14,6 +13,7 @@ from lightning_feat.functional.feature_shift import (
     relative_shift,
     shift_consistency_loss,
 )
+from lightning_feat.joints.arguments import checked
 from lightning_feat.joints.data.ways import Forward
 from lightning_feat.joints.features.batches import TargetKey
 from lightning_feat.joints.features.pooling import Pooling

@@ -10,9 +10,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_feat.arguments import checked
 from lightning_feat.functional.grassmann import orthonormality_error
 from lightning_feat.functional.grassmann.angles import pairwise_principal_angles
+from lightning_feat.joints.arguments import checked
 from lightning_feat.joints.data.processes import full_tensor
 from lightning_feat.joints.module.head_check import Asks, check_head, forget_check
 from lightning_feat.joints.module.head_swap import (

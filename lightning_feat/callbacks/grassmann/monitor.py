@@ -6,12 +6,12 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch import Tensor
 
-from lightning_feat.arguments import checked
 from lightning_feat.callbacks.grassmann.exact_pass import SeparationReading
 from lightning_feat.callbacks.grassmann.figures import draw_angles
 from lightning_feat.callbacks.grassmann.head import GrassmannHead
 from lightning_feat.callbacks.reports.figures import folder_for_figures, publish_figure
 from lightning_feat.functional.common.looks import without_looking
+from lightning_feat.joints.arguments import checked
 from lightning_feat.joints.data.epoch_ends import EpochEnds, MeasuresAtEpochEnds
 from lightning_feat.joints.data.passes import clean_loader, try_first_batch
 from lightning_feat.joints.data.processes import full_tensor, repeated_rows

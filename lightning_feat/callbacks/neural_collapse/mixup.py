@@ -11,9 +11,9 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Subset
 from torchmetrics.classification import MulticlassCalibrationError
 
-from lightning_feat.arguments import checked
 from lightning_feat.functional.common.class_sums import ClassSums, class_sums, empty_class_sums, present_class_means
 from lightning_feat.functional.neural_collapse.mixup import MixSums, draw_pairs, mix_measures, mix_sums
+from lightning_feat.joints.arguments import checked
 from lightning_feat.joints.data.epoch_ends import EpochEnds, MeasuresAtEpochEnds
 from lightning_feat.joints.data.passes import clean_batches, clean_loader, hear, loader_like, try_first_batch
 from lightning_feat.joints.data.processes import full_tensor

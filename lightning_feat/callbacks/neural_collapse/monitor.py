@@ -4,7 +4,6 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_feat.arguments import checked
 from lightning_feat.callbacks.neural_collapse.classifier import classifier_tensors
 from lightning_feat.callbacks.neural_collapse.exact_pass import CollapseReading
 from lightning_feat.callbacks.neural_collapse.patterns import LAYER_RATIO, MeasurePatterns
@@ -13,6 +12,7 @@ from lightning_feat.callbacks.neural_collapse.thresholds import CollapseThreshol
 from lightning_feat.functional.common.class_sums import GlobalMean
 from lightning_feat.functional.common.looks import without_looking
 from lightning_feat.functional.grassmann import orthonormality_error
+from lightning_feat.joints.arguments import checked
 from lightning_feat.joints.data.epoch_ends import EpochEnds, MeasuresAtEpochEnds
 from lightning_feat.joints.data.passes import clean_loader, try_first_batch
 from lightning_feat.joints.data.processes import repeated_rows

@@ -5,8 +5,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from lightning_feat.arguments import checked
 from lightning_feat.functional.neural_collapse import prior_shift, realigned_lengths
+from lightning_feat.joints.arguments import checked
 from lightning_feat.joints.data.processes import full_tensor
 from lightning_feat.joints.features.heads import find_classifier, forget_compiled_code, head_sizes
 from lightning_feat.joints.features.taps import find_layer

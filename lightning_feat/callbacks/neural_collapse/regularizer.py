@@ -6,13 +6,13 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from lightning_feat.arguments import checked
 from lightning_feat.functional.neural_collapse.losses import (
     PushVariant,
     between_class_push,
     scale_gradient,
     within_class_pull,
 )
+from lightning_feat.joints.arguments import checked
 from lightning_feat.joints.features.batches import TargetKey
 from lightning_feat.joints.features.heads import find_classifier
 from lightning_feat.joints.features.pooling import Pooling

@@ -9,9 +9,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_feat.arguments import checked
 from lightning_feat.functional.common.class_sums import check_target_range
 from lightning_feat.functional.neural_collapse.losses import balanced_lengths, cut_gradient, dot_regression
+from lightning_feat.joints.arguments import checked
 from lightning_feat.joints.features.batches import TargetKey, class_indices, targets_of
 from lightning_feat.joints.features.taps import FeatureTap, around_positions
 from lightning_feat.joints.loss.regularizer import Regularizer

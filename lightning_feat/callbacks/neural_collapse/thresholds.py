@@ -6,8 +6,8 @@ from typing import Literal
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_feat.arguments import check_fields
 from lightning_feat.functional.neural_collapse import known_measures
+from lightning_feat.joints.arguments import check_fields
 
 
 @dataclass

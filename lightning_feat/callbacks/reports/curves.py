@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_feat.arguments import check_fields, checked
 from lightning_feat.callbacks.reports.figures import COLOURS, folder_for_figures, publish_figure
 from lightning_feat.callbacks.reports.history import MetricHistory, select, unmatched
+from lightning_feat.joints.arguments import check_fields, checked
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -4,8 +4,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_feat.arguments import checked
 from lightning_feat.callbacks.reports.history import MetricHistory, Selection, select, unmatched
+from lightning_feat.joints.arguments import checked
 
 
 class SummaryTable(MetricHistory):

@@ -6,7 +6,7 @@ from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from lightning_feat.arguments import checked
+from lightning_feat.joints.arguments import checked
 from lightning_feat.joints.data.trace import remember, unheard
 from lightning_feat.joints.module.own_parameters import in_order
 from lightning_feat.joints.module.wraps import add_link, get_link, remove_link

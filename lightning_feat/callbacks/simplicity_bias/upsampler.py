@@ -9,7 +9,6 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_feat.arguments import checked
 from lightning_feat.callbacks.data_plan import DataPlan
 from lightning_feat.callbacks.simplicity_bias.loss_knee import LossKnee
 from lightning_feat.callbacks.simplicity_bias.slow_loss import SlowLossTerm
@@ -22,6 +21,7 @@ from lightning_feat.callbacks.simplicity_bias.slow_pass import (
 )
 from lightning_feat.data.plan import Length
 from lightning_feat.data.selection import Selection
+from lightning_feat.joints.arguments import checked
 from lightning_feat.joints.data.passes import clean_loader
 from lightning_feat.joints.data.restart import (
     Beginning,

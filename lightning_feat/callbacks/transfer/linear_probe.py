@@ -7,7 +7,6 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_feat.arguments import checked
 from lightning_feat.functional.transfer.probe import (
     PENALTIES,
     LinearProbeResult,
@@ -15,6 +14,7 @@ from lightning_feat.functional.transfer.probe import (
     hold_out,
     linear_probe,
 )
+from lightning_feat.joints.arguments import checked
 from lightning_feat.joints.data.epoch_ends import EpochEnds, MeasuresAtEpochEnds
 from lightning_feat.joints.data.samples import Loaders, Samples, loaders_of, try_parts
 from lightning_feat.joints.data.shared_pass import read_clean

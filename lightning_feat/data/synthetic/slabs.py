@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_feat.arguments import checked
 from lightning_feat.data.parts import PartsDataModule
 from lightning_feat.data.synthetic.drawn import DrawnPart, check_sizes, random_rotation, seed_of
+from lightning_feat.joints.arguments import checked
 
 
 class SlabBlocks(NamedTuple):

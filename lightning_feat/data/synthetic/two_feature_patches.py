@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_feat.arguments import checked
 from lightning_feat.data.parts import Part, PartsDataModule, hash_of
+from lightning_feat.joints.arguments import checked
 
 SLOW_AXIS, FAST_AXIS = 0, 1  # the directions of the features within a patch
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_feat.arguments import checked
+from lightning_feat.joints.arguments import checked
 from lightning_feat.joints.features.heads import find_classifier, forget_compiled_code
 from lightning_feat.joints.features.pooling import Pooling, check_pooling, pool
 

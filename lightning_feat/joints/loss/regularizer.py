@@ -1,7 +1,7 @@
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
-from lightning_feat.arguments import checked
+from lightning_feat.joints.arguments import checked
 from lightning_feat.joints.loss.engine import add_loss_term, remove_loss_term
 from lightning_feat.joints.loss.terms import LossTerm
 from lightning_feat.joints.module.brings_parameters import BringsParameters

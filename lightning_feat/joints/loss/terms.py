@@ -14,7 +14,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_feat.arguments import check_fields
+from lightning_feat.joints.arguments import check_fields
 from lightning_feat.joints.features.at_once import try_all
 from lightning_feat.joints.features.batches import TargetKey, class_indices, mask_of, targets_of
 from lightning_feat.joints.features.taps import FeatureTap

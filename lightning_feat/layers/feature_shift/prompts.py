@@ -10,7 +10,6 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from lightning_feat.arguments import checked
 from lightning_feat.functional.feature_shift.prompt_gram import (
     exact_dtype,
     gram_consistency_loss,
@@ -18,6 +17,7 @@ from lightning_feat.functional.feature_shift.prompt_gram import (
     gram_norm,
     gram_ratio,
 )
+from lightning_feat.joints.arguments import checked
 from lightning_feat.layers.feature_shift.insertion import Insertion, Tower, Towers
 
 Coupling: TypeAlias = Literal["maple", "independent", "text", "vision"]

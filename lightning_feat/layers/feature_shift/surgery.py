@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from lightning_feat.arguments import checked
+from lightning_feat.joints.arguments import checked
 from lightning_feat.layers.feature_shift.insertion import Insertion, Tower, Towers
 
 

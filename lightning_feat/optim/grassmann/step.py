@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_feat.arguments import checked
 from lightning_feat.functional.grassmann import geodesic_
+from lightning_feat.joints.arguments import checked
 from lightning_feat.layers.grassmann import GrassmannLinear, local_part
 from lightning_feat.optim.grassmann.around import Gradients, Held, WithoutDecay
 from lightning_feat.optim.grassmann.rules import move_by_adam, move_by_momentum

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_feat.arguments import check_fields, checked, plain
 from lightning_feat.baselines import CubicCNN, MLPClassifier
 from lightning_feat.baselines.baseline import Baseline
 from lightning_feat.callbacks import (
@@ -26,6 +25,7 @@ from lightning_feat.callbacks import (
     SummaryTable,
     WeightSchedule,
 )
+from lightning_feat.joints.arguments import check_fields, checked, plain
 from lightning_feat.layers import GrassmannLinear
 from tests.helpers import Plain, loader, trainer
 
