@@ -45,8 +45,9 @@ class PromptLearner(BringsParameters):
         length: number of prompts in each.
         image_depth: of independent image prompts, by default ``depth``.
         image_length: of independent image prompts, by default ``length``.
-        template: text whose first words are the start of the first text prompt, by the ``tokenizer`` of the module;
-            None for a random start.
+        template: text whose first words are the start of the first text prompt, and which prompts replace, by the
+            ``tokenizer`` of the module. Texts that begin with other words keep all of theirs, behind the prompts, where
+            the tower has room. None for a random start: prompts replace what all texts of the first pass begin with.
         gram_weight: weight of the consistency by Gram norms (RESTORE: 1); a number or a ``WeightSchedule``.
         text_surgery: ratio of a surgery block on the text features (RESTORE: 0.1 or 0.05); None for none.
         image_surgery: the same for the image features.
@@ -154,10 +155,13 @@ class PromptLearner(BringsParameters):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
-        checkpoint[self.state_key] = self._options()
+        checkpoint[self.state_key] = {**self._options(), "words": [*self.prompts.words]}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         now = self._options()
+        then_words = checkpoint.get(self.state_key, {}).get("words")
+        if then_words:  # where prompts stand is a part of what was trained
+            self.prompts.words[:] = then_words
         for name, then in checkpoint.get(self.state_key, {}).items():
             # A test meets the blocks as they were trained; a run that goes on would keep their ratio without a word.
             counts = trainer.state.fn == TrainerFn.FITTING or not name.endswith("surgery") or None in (then, now[name])

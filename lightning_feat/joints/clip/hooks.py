@@ -9,6 +9,7 @@ Shapes: N samples, T tokens, D width.
 from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -99,6 +100,71 @@ class HookHandle:
         forget_compiled_code(self._model)
 
 
+class Handles:
+    """Several handles as one."""
+
+    def __init__(self, handles: list[HookHandle]) -> None:
+        self._handles = handles
+
+    @property
+    def active(self) -> bool:
+        return self._handles[0].active
+
+    @active.setter
+    def active(self, value: bool) -> None:
+        for handle in self._handles:
+            handle.active = value
+
+    def remove(self) -> None:
+        """Take all of them away. Without effect the second time."""
+        for handle in self._handles:
+            handle.remove()
+
+
+class IdsHook(Hook):
+    """Gives the ids of whole texts ``(N, L)`` their new places, and so what comes along, as an attention mask."""
+
+    def __init__(self, placing: Any) -> None:
+        super().__init__(_nothing)
+        self.placing = placing
+
+    def on_input(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        ids = next((value for value in (*args, *kwargs.values()) if _is_ids(value)), None)
+        if not self.active or ids is None:
+            return None
+        placed = self.placing.place(ids)
+
+        def moved(value: Any) -> Any:
+            if value is ids:
+                return placed.ids
+            if isinstance(value, Tensor) and value.shape == ids.shape:
+                return self.placing.mask(placed, value)
+            return value
+
+        kept = {name: value if name == "position_ids" else moved(value) for name, value in kwargs.items()}
+        return tuple(moved(value) for value in args), kept
+
+
+def _nothing(tokens: Tensor) -> None:
+    return None
+
+
+def _is_ids(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim == 2 and value.dtype in (torch.int64, torch.int32)
+
+
+def hook_ids(root: nn.Module, entrance: nn.Module | None, placing: Any, by_encode_text: bool) -> HookHandle | None:
+    """Put ``placing`` where the ids of whole texts enter; None where that is not known."""
+    if entrance is None:
+        return None
+    hook = IdsHook(placing)
+    if not by_encode_text:
+        return hook_input(root, entrance, hook)
+    if not isinstance(entrance.__dict__.get("encode_text"), (EncodeText, type(None))):
+        return None
+    return hook_encode_text(root, entrance, hook)
+
+
 def hook_input(model: nn.Module, layer: nn.Module, hook: Hook) -> HookHandle:
     """Put ``hook`` before ``layer``, a part of ``model``."""
     return HookHandle(model, hook, layer.register_forward_pre_hook(hook.on_input, with_kwargs=True).remove)
@@ -121,11 +187,15 @@ class EncodeText:
 
     def __call__(self, text: Tensor, normalize: bool = False) -> Tensor:
         cls: Any = type(self.model)
+        for hook in self.hooks:
+            if isinstance(hook, IdsHook):
+                entered = hook.on_input(self.model, (text,), {})
+                text = text if entered is None else entered[0][0]
         features: Tensor = cls.encode_text(
             self.model, text
         )  # OpenAI's knows no `normalize`, and open_clip's has it False
         for hook in self.hooks:
-            changed = hook.on_output(self.model, (), features)
+            changed = None if isinstance(hook, IdsHook) else hook.on_output(self.model, (), features)
             features = features if changed is None else changed
         return functional.normalize(features, dim=-1) if normalize else features
 
@@ -167,6 +237,11 @@ def calls_on(layer: nn.Module) -> list[Call]:
     return [hook.call for _, _, hook in _installed(layer)] + (
         [hook.call for hook in wrapped.hooks] if isinstance(wrapped, EncodeText) else []
     )
+
+
+def installed_on(layer: nn.Module) -> list[Hook]:
+    """The hooks of ours on this one layer."""
+    return [hook for _, _, hook in _installed(layer)]
 
 
 def _installed(layer: nn.Module) -> Iterator[tuple[int, dict[int, Any], Hook]]:

@@ -36,6 +36,8 @@ def _open_clip_towers(root: nn.Module, model: Any, prefix: str, batch_first: boo
     if _has(encoder, "transformer.resblocks") and _has(encoder, "token_embedding"):
         words, width = plain(encoder.token_embedding), _columns(encoder.text_projection)
         places = Places(root, words, encoder.transformer.resblocks, name, encoder, width, by_encode_text=flat)
+        longest = None if flat else getattr(encoder, "context_length", None)
+        places = places._replace(entrance=encoder, longest=longest)
         text = TextTower(places, batch_first, _open_clip_reading(encoder, "text_" if flat else ""))
     else:
         text = f"there is no {name} in {type(model).__name__}: name the layers of this text tower (text_blocks, ...)."
@@ -92,8 +94,16 @@ def _huggingface_towers(root: nn.Module, model: Any, prefix: str, batch_first: b
     projection = plain(text.head if siglip else model.text_projection)
     words, name = plain(text.embeddings.token_embedding), f"{prefix}text_model.encoder.layers"
     places = Places(root, words, text.encoder.layers, name, projection, _columns(projection))
-    reading = Reading("last", start=0) if siglip else Reading(_huggingface_end(text))
+    pad_id = getattr(getattr(text, "config", None), "pad_token_id", None)
+    end, start = ("last", 0) if siglip else (_huggingface_end(text), 1)
+    reading = Reading(end, start, 0 if pad_id is None else int(pad_id))
+    places = places._replace(entrance=text, longest=_longest(text))
     return TextTower(places, samples_first, reading), _huggingface_image(root, model, image, prefix, samples_first)
+
+
+def _longest(text: Any) -> int | None:
+    table: Any = getattr(text.embeddings, "position_embedding", None)
+    return int(table.num_embeddings) if isinstance(table, nn.Embedding) else None
 
 
 def _huggingface_end(text: Any) -> EndOfText:

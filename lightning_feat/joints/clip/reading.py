@@ -63,6 +63,46 @@ class Reading(NamedTuple):
         differs = (token_ids != token_ids[-1]).nonzero()  # the end of a text and its padding: one id, to the last
         return (int(differs[-1]) + 1 if len(differs) else 0) - self.start
 
+    @property
+    def filler(self) -> int:
+        """An id that is no end of text and no padding."""
+        return next(i for i in range(3) if i not in (self.end, self.pad_id))
+
+    def room(self, token_ids: Tensor) -> Tensor:
+        """Tokens ``(N,)`` at the end of each text that it could lose: what comes after its end, or its padding."""
+        if self.end == "argmax" or isinstance(self.end, int):
+            return token_ids.shape[-1] - 1 - self.positions(token_ids)
+        last_N1 = token_ids[:, -1:]
+        run_N = (token_ids.flip(-1) == last_N1).int().cumprod(-1).sum(-1)
+        is_pad_N = last_N1[:, 0] == self.pad_id
+        if self.end == "appended":
+            return torch.where(is_pad_N, run_N, torch.zeros_like(run_N))
+        if self.end == "last":  # the end of a text and its padding are one id, as in SigLIP
+            return run_N - 1
+        return torch.where(is_pad_N, run_N, run_N - 1)
+
+    def check_ends(self, rows: Tensor) -> None:
+        """Raise a ``ValueError`` if a text of ``(N, L)`` has no end, or none of the start that all should have."""
+        if isinstance(self.end, int) and not bool((rows == self.end).any(-1).all()):
+            raise ValueError(f"a text has no token {self.end}, at which its features are read: set eos_token_id.")
+        if self.start and len(rows[:, 0].unique()) > 1:
+            raise ValueError(
+                "the texts begin with different tokens, so that they have no start token, and prompts would stand "
+                "after their first words: set start_token=False."
+            )
+
+    def check_tails(self, rows: Tensor) -> None:
+        """Raise a ``ValueError`` if one of ``(N, L)`` goes on where its tower is taken to read its end."""
+        if self.end == "argmax" or isinstance(self.end, int):
+            end_N = self.positions(rows)
+            differs_NL = (rows != rows[:, -1:]) & (torch.arange(rows.shape[-1], device=rows.device) > end_N[:, None])
+            if bool(differs_NL.any()):
+                place = int(end_N[differs_NL.any(-1)][0])
+                raise ValueError(
+                    f"a text goes on after position {place}, where its features are taken to be read: set eos_token_id "
+                    "to the id that ends a text."
+                )
+
     def check_room(self, token_ids: Tensor, slots: int, classes: bool = False) -> None:
         """Raise a ``ValueError`` if ``slots`` prompts in place of the first words would cover an end of text, or what
         tells two texts apart.
@@ -72,31 +112,25 @@ class Reading(NamedTuple):
             slots: n.
             classes: whether the texts are class names, two of which may not be equal. Else that is warned of.
         """
-        first, last = self.start, self.start + slots - 1
-        advice = (
-            f"{slots} prompts take positions {first} to {last}: begin each text with as many words, the same in all "
-            "('a photo of a ...'); they are replaced."
-        )
         rows = token_ids.reshape(-1, token_ids.shape[-1])
-        if isinstance(self.end, int) and not bool((rows == self.end).any(-1).all()):
-            raise ValueError(f"a text has no token {self.end}, at which its features are read: set eos_token_id.")
+        self.check_ends(rows)
         if self.end is not None and self.end != "first":
             shortest = int(self.positions(rows).min())
-            if shortest <= last:
-                raise ValueError(f"a text ends at position {shortest}, but {advice}")
-        if self.start and len(rows[:, 0].unique()) > 1:
-            raise ValueError(
-                "the texts begin with different tokens, so that they have no start token, and prompts would stand "
-                "after their first words: set start_token=False."
-            )
-        free = torch.cat([rows[:, :first], rows[:, last + 1 :]], dim=-1)
+            if shortest < self.start + slots:
+                raise ValueError(f"a text ends at position {shortest}, but {self._advice(slots)}")
+        self.check_apart(rows, rows, slots, classes)
+
+    def check_apart(self, prompted: Tensor, rows: Tensor, slots: int, classes: bool) -> None:
+        """Raise a ``ValueError`` if texts ``(N, L)`` with prompts, ``(N, L')``, differ in nothing else."""
+        free = torch.cat([prompted[:, : self.start], prompted[:, self.start + slots :]], dim=-1)
         alike = _first_alike(free)
         if alike is None:
             return
         one, other = alike
         if not torch.equal(rows[one], rows[other]) or len(free.unique(dim=0)) < len(rows.unique(dim=0)):
             raise ValueError(
-                f"texts {one} and {other} differ only where prompts would stand, and would become one: {advice}"
+                f"texts {one} and {other} differ only where prompts would stand, and would become one: "
+                f"{self._advice(slots)}"
             )
         said = f"texts {one} and {other} have the same tokens: "
         if classes:
@@ -105,6 +139,12 @@ class Reading(NamedTuple):
                 "alone, or is the name cut off at the end?"
             )
         warnings.warn(f"{said}if they are names of classes, no training tells these apart.", stacklevel=2)
+
+    def _advice(self, slots: int) -> str:
+        return (
+            f"{slots} prompts take positions {self.start} to {self.start + slots - 1}: begin each text with as many "
+            "words, the same in all ('a photo of a ...'); they are replaced."
+        )
 
 
 def _first_alike(rows: Tensor) -> tuple[int, int] | None:

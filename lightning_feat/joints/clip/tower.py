@@ -6,6 +6,7 @@ does inside, and returns what shall stand in their place, or None. ``clip_towers
 Shapes: N images or texts, T tokens, L token ids of a text, D width of a tower, E width of its features.
 """
 
+from collections.abc import MutableSequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -13,15 +14,19 @@ from torch import Tensor, nn
 
 from lightning_feat.joints.clip.hooks import (
     Call,
+    Handles,
     Hook,
     HookHandle,
     Order,
     calls_on,
     hook_encode_text,
+    hook_ids,
     hook_input,
     hook_output,
+    installed_on,
 )
-from lightning_feat.joints.clip.reading import Reading, is_held
+from lightning_feat.joints.clip.placing import Placed, Placing
+from lightning_feat.joints.clip.reading import Reading
 
 
 class Places(NamedTuple):
@@ -35,6 +40,8 @@ class Places(NamedTuple):
     num_features: int | None
     by_encode_text: bool = False
     after_blocks: tuple[nn.Module, Literal["input", "output"]] | None = None  # all tokens pass here, to be pooled
+    entrance: nn.Module | None = None  # gets the ids of whole texts, and gives what is read from them
+    longest: int | None = None  # text in tokens, where it need not have this length
 
 
 class _Tower:
@@ -102,15 +109,28 @@ class TextTower(_Tower):
             self.reading = self.reading._replace(start=int(start_token))
         self.first_word = self.reading.start
 
-    def on_embeddings(self, hook: Call, slots: int = 0) -> HookHandle:
+    def on_embeddings(self, hook: Call, slots: int = 0, words: MutableSequence[int] | None = None) -> Handles:
         """Call ``hook(tokens)`` on the word embeddings, before positions are added.
 
-        A text that ends within the ``slots`` positions from ``first_word``, which the hook overwrites, and two texts
-        that differ only there, are refused by a ``ValueError``: on the CPU in every pass, elsewhere in the first, as
-        one must wait for the device; not in compiled code.
+        The hook overwrites the ``slots`` positions from ``first_word``. Texts get room for that where their ids enter
+        the tower, see ``placing``: those that begin with ``words`` have these replaced, all others keep their words. A
+        text without room, and two that would become one, are refused by a ``ValueError``: on the CPU in every pass,
+        elsewhere in the first hundred, as one must wait for the device; not in compiled code. Where it is not known
+        what gets the ids of whole texts, the first words are replaced, whatever they are.
         """
-        root = self._places.root
-        return hook_output(root, self._words(), _WordHook(hook, self._order, self.reading, slots, root))
+        places = self._places
+        placing = Placing(self.reading, slots, [] if words is None else words, places.longest, places.root)
+        enter = hook_ids(places.root, places.entrance, placing, places.by_encode_text) if slots else None
+        covered = _WordHook(hook, self._order, placing)
+        return Handles([hook_output(places.root, self._words(), covered), *([] if enter is None else [enter])])
+
+    def placed(self, token_ids: Tensor) -> Placed | None:
+        """The texts of which ``token_ids``, as the embeddings got them in the last pass, were made; None for others."""
+        for hook in installed_on(self._words()):
+            known = hook.placing.last if isinstance(hook, _WordHook) and hook.active else None
+            if known is not None and known.ids.shape == token_ids.shape and torch.equal(known.ids, token_ids):
+                return known
+        return None
 
     def eos_positions(self, token_ids: Tensor) -> Tensor:
         """Positions ``(N,)`` at which the tower reads the features of the texts ``(N, L)``; L where it appends a token
@@ -148,9 +168,9 @@ class ImageTower(_Tower):
 
     kind = "image"
 
-    def on_embeddings(self, hook: Call, slots: int = 0) -> HookHandle:
+    def on_embeddings(self, hook: Call, slots: int = 0, words: MutableSequence[int] | None = None) -> HookHandle:
         """Call ``hook(tokens)`` on class token and patches with their positions, before the norm ahead of the blocks.
-        ``slots`` matters to the text tower only.
+        ``slots`` and ``words`` matter to the text tower only.
         """
         root, norm = self._places.root, self._places.embedding
         if norm is None:
@@ -174,23 +194,14 @@ class ImageTower(_Tower):
 class _WordHook(Hook):
     """A hook on word embeddings, which knows the ids that these came from."""
 
-    def __init__(self, call: Call, order: Order, reading: Reading, slots: int, root: nn.Module) -> None:
+    def __init__(self, call: Call, order: Order, placing: Placing) -> None:
         super().__init__(call, order, enters=True)
-        self.reading, self.slots, self.root = reading, slots, root
-        self.checked: Tensor | None = None
+        self.placing = placing
 
     def on_output(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if self.active and self.slots and args and not torch.compiler.is_compiling():
-            self._check_room(args[0])
+        if self.active and self.placing.slots and args and not torch.compiler.is_compiling():
+            self.placing.check_covered(args[0])
         return super().on_output(layer, args, output)
-
-    def _check_room(self, token_ids: Tensor) -> None:
-        known = self.checked
-        if token_ids.device.type == "meta" or (known is not None and token_ids.device.type != "cpu"):
-            return
-        if known is None or known.shape != token_ids.shape or not torch.equal(known, token_ids):
-            self.reading.check_room(token_ids, self.slots, is_held(self.root, token_ids))
-            self.checked = token_ids.clone()
 
 
 def _declared_order(block: nn.Module) -> bool | None:

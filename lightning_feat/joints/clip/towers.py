@@ -112,6 +112,8 @@ def _named_towers(
             name = layers[f"{kind}_blocks"]
             places = Places(module, named.get(f"{kind}_embedding"), blocks, name, features, width)
             if kind == "text":
+                whole = features is not None and {*features.modules()} >= {blocks, named.get("text_embedding", blocks)}
+                places = places._replace(entrance=features if whole else None)
                 text = TextTower(places, batch_first, reading)
             else:
                 image = ImageTower(places, batch_first)

@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from lightning_feat.joints.clip.placing import Placed
 from lightning_feat.joints.clip.towers import find_clip_towers
 from lightning_feat.joints.data.ways import Forward
 from lightning_feat.joints.features.batches import inputs_of
@@ -85,9 +86,13 @@ class TowerComparison:
         if self.ids.has_heard or (text_slots and self.ids.keep_graph):  # in evaluation its features may be kept
             ids = self.ids.take()
             heard = {tap.label: tap.take() for tap in self.text}
-            mask = self.text[0].spread(self._tokens(module, ids, text_slots))
+            counted = self._tokens(module, ids, text_slots)
+            mask = self.text[0].spread(counted)
             heard = {label: rows[mask] for label, rows in heard.items()}
             text = ids, mask
+            placed = placed_texts(module, ids) if text_slots else None
+            if placed is not None:  # without prompts the words stand elsewhere
+                text = placed.given, self.text[0].rows_of(counted, placed.source, placed.given.shape[1])
         else:
             heard = {}
         images = {tap.label: tap.take() for tap in self.image}
@@ -131,6 +136,18 @@ class _TokenTap(AskedTap):
             return mask.T.flatten()
         raise ValueError(f"layer {self.layer} gives tokens {self.shape}, which do not fit texts {tuple(mask.shape)}.")
 
+    def rows_of(self, mask: Tensor, source: Tensor, length: int) -> Tensor:
+        """For each true entry of ``mask`` ``(N, T)`` the row of the same token in texts ``(N, L)`` as they were, of
+        which ``source`` ``(N, L')`` are the positions; a token that the tower appends stays the last.
+        """
+        appended = mask.shape[1] - source.shape[1]
+        end_a = torch.arange(length, length + appended, device=source.device)
+        source = torch.cat([source, end_a.expand(len(source), -1)], dim=-1)
+        text_N1 = torch.arange(len(source), device=source.device)[:, None]
+        if self.shape[1:] == mask.shape[1:]:
+            return (text_N1 * (length + appended) + source)[mask]
+        return (source * len(source) + text_N1).T[mask.T]
+
     def without_last(self, count: int, inputs: Any) -> Tensor:
         """Which rows ``(R,)`` are not the last ``count`` tokens of a sample."""
         samples_last = isinstance(inputs, Tensor) and self.shape[0] != len(inputs) and self.shape[1] == len(inputs)
@@ -149,6 +166,14 @@ def text_tokens(module: nn.Module, ids: Tensor, num_prompts: int) -> Tensor:
         place = torch.arange(ids.shape[1], device=ids.device)
         return (place <= ids.argmax(1, keepdim=True)) & ((place == 0) | (place > num_prompts))
     return tower.comparable_tokens(ids, num_prompts)
+
+
+def placed_texts(module: nn.Module, ids: Tensor) -> Placed | None:
+    """The texts of which these ids were made in the last pass, where prompts have made room in them."""
+    try:
+        return find_clip_towers(module).text.placed(ids)
+    except ValueError:
+        return None
 
 
 def _embedding_of(module: nn.Module) -> str:

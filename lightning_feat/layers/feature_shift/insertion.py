@@ -3,7 +3,7 @@
 ``clip_towers`` has such towers; anything that does the same will do.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableSequence, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -27,7 +27,9 @@ class Tower(Protocol):
     @property
     def blocks(self) -> Sequence[nn.Module]: ...
 
-    def on_embeddings(self, hook: Callable[[Tensor], Tensor], slots: int = 0) -> HookHandle: ...
+    def on_embeddings(
+        self, hook: Callable[[Tensor], Tensor], slots: int = 0, words: MutableSequence[int] | None = None
+    ) -> HookHandle: ...
     def on_block_input(self, index: int, hook: Callable[[Tensor], Tensor]) -> HookHandle: ...
     def on_features(self, hook: Callable[[Tensor], Tensor]) -> HookHandle: ...
     def hooks(self) -> Sequence[Any]: ...

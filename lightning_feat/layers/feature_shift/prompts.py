@@ -36,7 +36,7 @@ _STD = 0.02  # of prompts that no word gives, in MaPLe and RESTORE
 class DeepPrompts(nn.Module):
     """Prompts of one or both towers, each ``(length, width)``, one for each of the first ``depth`` blocks.
 
-    In the text tower they stand in place of the first n words, after SOS where there is one, and get positions; in the
+    In the text tower they stand where the first n words would, after SOS where there is one, and get positions; in the
     image tower they come after the patches, without positions, and leave before tokens are pooled. At the inputs of
     blocks 1 to J - 1 new ones replace what the block before made of the old; from block J on they are carried along.
     This is the insertion of MaPLe (Khattak et al., "MaPLe: Multi-modal prompt learning", CVPR 2023) and of RESTORE
@@ -66,6 +66,9 @@ class DeepPrompts(nn.Module):
 
     Attributes:
         kinds: the prompted towers, of ``"text"`` and ``"image"``.
+        words: ids of the n words that text prompts replace; a text that begins with others keeps them, behind the
+            prompts. Those of the template; without one, what all texts of the first pass begin with, if they do, and
+            ``[-1]`` if they do not.
         text_gram_start, image_gram_start: buffers ``(J - 1,)``, the Gram norms at construction. They are saved, so that
             a resumed run has the same loss, bit for bit.
 
@@ -101,6 +104,7 @@ class DeepPrompts(nn.Module):
             )
         self.coupling = coupling
         self.kinds = _KINDS[coupling]
+        self.words: list[int] = []
         sizes = {
             "text": (depth, length, text_width or 0),
             "image": (
@@ -148,13 +152,16 @@ class DeepPrompts(nn.Module):
             image_depth: as in the class.
             image_length: as in the class.
             template_ids: token ids ``(L,)`` of a text that begins with SOS, "a photo of a" say, of whose first
-                ``length`` words the embeddings are the start of the first text prompt.
+                ``length`` words the embeddings are the start of the first text prompt, and which they replace.
         """
         text = towers.text if coupling != "vision" else None
         image = towers.image if coupling != "text" else None
         first = None if template_ids is None or text is None else text.word_embeddings(template_ids, length).float()
         text_width, image_width = (None if tower is None else tower.width for tower in (text, image))
         prompts = cls(coupling, text_width, image_width, depth, length, image_depth, image_length, first)
+        if text is not None and template_ids is not None:
+            start = text.first_word
+            prompts.words.extend(template_ids.reshape(-1)[start : start + length].tolist())
         return prompts.to(next(towers.model.parameters()).device)
 
     def depth_of(self, kind: Kind) -> int:
@@ -284,8 +291,9 @@ def insert_prompts(towers: Towers, prompts: DeepPrompts) -> Insertion:
     """Put the prompts into the towers of a model, by hooks; its class and its parameters stay as they are.
 
     The prompts are not registered in the model: register them where your parameters live, so that optimizer, devices
-    and DDP know them. Texts must begin with as many words as there are prompts; these are not read, so that what tells
-    two texts apart must come after them.
+    and DDP know them. Texts that begin with ``prompts.words`` have these replaced; any other keeps its words, which
+    move on by n where the tower has room for it. So do the end of a text and masks inside the tower: who reads its
+    tokens outside finds them n places later.
 
     Args:
         towers: what ``clip_towers.find_clip_towers`` gives.
@@ -301,7 +309,7 @@ def insert_prompts(towers: Towers, prompts: DeepPrompts) -> Insertion:
             _check(tower, prompts, kind)
             first = towers.text.first_word if kind == "text" else 0
             hook = PromptTokens(prompts, kind, 0, first)
-            insertion.add(tower.on_embeddings(hook, slots=prompts.length_of(kind)))
+            insertion.add(tower.on_embeddings(hook, prompts.length_of(kind), prompts.words))
             for index in range(1, prompts.depth_of(kind)):
                 insertion.add(tower.on_block_input(index, PromptTokens(prompts, kind, index, first)))
             removed = towers.image.after_blocks(_WithoutPrompts(prompts)) if kind == "image" else None

@@ -257,6 +257,20 @@ def test_two_towers_are_compared_with_themselves_without_prompts(tmp_path, data)
     assert not any(part._forward_pre_hooks for part in module.clip.visual.transformer.resblocks[2].modules())
 
 
+def test_texts_whose_words_move_on_are_compared_word_by_word(tmp_path):
+    module, monitor = seeded(Prompted, lr=0.0), FeatureShiftMonitor(reference="without_prompts")
+    module.ids = torch.tensor([[1, 7, 18, 0, 0, 0, 0], [1, 8, 9, 18, 0, 0, 0], [1, 6, 8, 9, 18, 0, 0]])
+    counted, heard = [2 + 1, 3 + 1, 4 + 1], {}  # start, words and end of each
+    layer = module.clip.transformer.resblocks[0]
+    layer.register_forward_hook(lambda _, args, output: heard.setdefault(output.shape[-2], []).append(output))
+    run = fit(tmp_path, module, monitor, data=DataLoader(images(), batch_size=16), max_epochs=1)
+    now, start = next(iter(heard.values()))[:2]
+    rows = [(i, [0, *range(3, n + 2)], [*range(n)]) for i, n in enumerate(counted)]
+    now, start = (torch.cat([x[i][places[k]] for i, *places in rows]) for k, x in enumerate((now, start)))
+    expected = relative_shift(now, start)
+    torch.testing.assert_close(run.callback_metrics["feature_shift/relative/clip.transformer.resblocks.0"], expected)
+
+
 def test_the_reference_pass_of_a_regularizer_is_not_heard(tmp_path):
     """Both switch the prompts off in each batch; the monitor must not take that pass for training."""
     alone, beside = (FeatureShiftMonitor(reference="without_prompts") for _ in range(2))

@@ -265,7 +265,7 @@ def test_a_tower_of_another_kind_can_be_described(tmp_path):
     ids = torch.tensor([[2, 4, 9, 5, 4, 6, 3], [2, 4, 9, 5, 4, 7, 3]])
     trainer(tmp_path, callbacks=[prompts]).fit(module, DataLoader(TensorDataset(ids), 2))
     assert not torch.equal(prompts.prompts.text[0], module.text.words.weight[[4, 9, 5, 4]])  # it has moved
-    with pytest.raises(ValueError, match="a text ends at position 2"):  # 9 is the largest id, and no end
+    with pytest.raises(ValueError, match="goes on after position 2"):  # 9 is the largest id, and no end
         trainer(tmp_path, callbacks=[PromptLearner("text", depth=1, length=2, template=None, layers=layers)]).fit(
             Texts(), DataLoader(TensorDataset(ids), 2)
         )
@@ -279,3 +279,15 @@ def test_prompts_that_are_asked_for_otherwise_than_they_were_trained_are_refused
     with pytest.raises(ValueError, match=rf"asks for {name}={value!r}: ask for what was trained"):
         fit(tmp_path, Clip(), PromptLearner(**{**options, **other}), ckpt_path=path, max_epochs=4)
     fit(tmp_path, Clip(), PromptLearner(**options), ckpt_path=path, max_epochs=4)
+
+
+def test_where_prompts_stand_is_kept_in_a_checkpoint(tmp_path):
+    options = {"depth": 2, "length": 2, "template": None}
+    module = Clip()
+    module.classes = torch.tensor([[1, 7, 9, 39, *[0] * 6], [1, 8, 9, 39, *[0] * 6], [1, 6, 9, 39, *[0] * 6]])
+    prompts = PromptLearner(**options)
+    fit(tmp_path, module, prompts).save_checkpoint(path := tmp_path / "a.ckpt")
+    assert prompts.prompts.words == [-1]  # names stand first: prompts stand before them
+    other, again = Clip(), PromptLearner(**options)
+    trainer(tmp_path, callbacks=[again]).test(other, data(), ckpt_path=path)
+    assert again.prompts.words == [-1]  # though these texts begin with the same words

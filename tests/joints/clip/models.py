@@ -134,9 +134,9 @@ def images(n=3, seed=0):
 
 
 def texts(n=5, seed=0):
-    """Ids ``(n, LENGTH)``: SOS, words, EOS at positions 5 and after, padding."""
+    """Ids ``(n, LENGTH)``: SOS, three words that all have, others, EOS at positions 5 and after, padding."""
     ids = torch.randint(2, EOS, (n, LENGTH), generator=torch.Generator().manual_seed(seed))
-    ids[:, 0] = 1
+    ids[:, 0], ids[:, 1:4] = 1, torch.tensor([12, 7, 25])
     for row, end in enumerate(5 + torch.arange(n) % 4):
         ids[row, end], ids[row, end + 1 :] = EOS, 0
     return ids

@@ -106,18 +106,6 @@ def prompted_text(**kwargs):
     return model
 
 
-@pytest.mark.parametrize(
-    "ids",
-    [
-        [[1, 7, 9, 6, EOS, 0, 0, 0, 0, 0], [1, 8, 9, 6, EOS, 0, 0, 0, 0, 0]],  # "{} texture."
-        [[1, 9, 7, 6, EOS, 0, 0, 0, 0, 0], [1, 9, 8, 6, EOS, 0, 0, 0, 0, 0]],  # "a {} texture"
-    ],
-)
-def test_names_that_stand_where_prompts_would_are_refused(ids):
-    with pytest.raises(ValueError, match="texts 0 and 1 differ only where prompts would stand"):
-        prompted_text().encode_text(torch.tensor(ids))
-
-
 def test_names_with_the_same_tokens_are_refused_and_captions_are_warned_of():
     ids = torch.tensor([[1, 7, 9, 6, EOS, 0, 0, 0, 0, 0]] * 2)
     model = prompted_text()

@@ -15,9 +15,7 @@ from lightning_feat.layers.feature_shift.prompts import DeepPrompts, insert_prom
 from tests.joints.clip import models as clip_models
 from tests.joints.clip.models import (
     BLOCKS,
-    EOS,
     IMAGE_WIDTH,
-    LENGTH,
     LIBRARIES,
     TEXT_WIDTH,
     enlarge,
@@ -37,7 +35,7 @@ from tests.pairs import run_pair
 LAYOUTS = {
     "maple": {"coupling": "maple", "depth": 3, "length": 2},
     "independent": {"coupling": "independent", "depth": 4, "length": 2, "image_depth": 2, "image_length": 3},
-    "text": {"coupling": "text", "depth": 1, "length": 4},
+    "text": {"coupling": "text", "depth": 1, "length": 3},
     "vision": {"coupling": "vision", "depth": BLOCKS, "length": 1},
 }
 # float32 logits up to 14 (cosines times 1 / 0.07), in which another kernel of attention rounds another way
@@ -166,6 +164,7 @@ def test_compiled_before_and_after_is_not_compiled(library):
 @pytest.mark.slow
 def test_the_hooks_of_open_clip_compile_into_one_graph():
     model, prompts, _ = prompted()
+    logits(model, images(), texts())  # what all these texts begin with is known from now on
     traced = logits(torch.compile(model, backend="aot_eager", fullgraph=True), images(), texts())
     torch.testing.assert_close(traced, logits_by_hand(make(), images(), texts(), **lists(prompts)), **EXACT)
     loss_of(traced).backward()
@@ -379,14 +378,6 @@ def test_a_second_set_is_refused_and_the_first_stays():
         insert_prompts(find_clip_towers(model), both)
     by_hand = logits_by_hand(make(), images(), texts(), **lists(prompts))
     torch.testing.assert_close(logits(model, images(), texts()), by_hand, **EXACT)
-
-
-def test_a_text_that_ends_among_the_prompts_is_refused():
-    model, _, _ = prompted(length=3)
-    ids = torch.zeros(1, LENGTH, dtype=torch.long)
-    ids[0, :4] = torch.tensor([1, 7, 8, EOS])
-    with pytest.raises(ValueError, match="a text ends at position 3, but 3 prompts take positions 1 to 3"):
-        model.encode_text(ids)
 
 
 def test_a_resnet_is_prompted_in_its_text_tower_only():
