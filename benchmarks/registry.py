@@ -78,6 +78,8 @@ CALLBACKS = [
     ),
     Entry("SharpnessAwareMinimization", lambda _: [ours.SharpnessAwareMinimization()]),
     Entry("SharpnessAwareMinimization (interval 5)", lambda _: [ours.SharpnessAwareMinimization(interval=5)]),
+    Entry("DistributionalSimplicityMonitor", lambda _: [ours.DistributionalSimplicityMonitor(num_examples=256)]),
+    Entry("FeatureRelianceMonitor (a block)", lambda _: [ours.FeatureRelianceMonitor({"left": "..., :16"})]),
     Entry("CurvePlotter", lambda _: [ours.CurvePlotter()]),
     Entry("SummaryTable", lambda _: [ours.SummaryTable()]),
     Entry("PromptLearner", prompts, task="clip"),

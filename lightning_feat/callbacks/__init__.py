@@ -20,7 +20,12 @@ from lightning_feat.callbacks.neural_collapse import (
     realign_classifier,
 )
 from lightning_feat.callbacks.reports import CurvePlotter, MetricHistory, Panel, SummaryTable
-from lightning_feat.callbacks.simplicity_bias import SharpnessAwareMinimization, SimplicityBiasUpsampler
+from lightning_feat.callbacks.simplicity_bias import (
+    DistributionalSimplicityMonitor,
+    FeatureRelianceMonitor,
+    SharpnessAwareMinimization,
+    SimplicityBiasUpsampler,
+)
 from lightning_feat.callbacks.transfer import FewShotMonitor, LinearProbe
 from lightning_feat.joints.loss.regularizer import Regularizer
 from lightning_feat.joints.loss.terms import WeightSchedule
@@ -30,8 +35,10 @@ __all__ = [
     "CollapseThreshold",
     "CurvePlotter",
     "DataPlan",
+    "DistributionalSimplicityMonitor",
     "DotRegressionRegularizer",
     "FeatureRegularizer",
+    "FeatureRelianceMonitor",
     "FeatureShiftMonitor",
     "FeatureShiftRegularizer",
     "FewShotMonitor",

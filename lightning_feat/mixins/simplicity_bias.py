@@ -3,18 +3,32 @@ from typing import ClassVar
 
 from lightning.pytorch import Callback
 
-from lightning_feat.callbacks import SharpnessAwareMinimization, SimplicityBiasUpsampler
+from lightning_feat.callbacks import (
+    DistributionalSimplicityMonitor,
+    FeatureRelianceMonitor,
+    SharpnessAwareMinimization,
+    SimplicityBiasUpsampler,
+)
 from lightning_feat.mixins.callbacks import DEFAULTS, CallbacksMixin, Options
 
 
 class SimplicityBiasMixin(CallbacksMixin):
-    """For a LightningModule that shows the examples it learns late more often, or looks for flat minima.
+    """For a LightningModule that shows the examples it learns late more often, looks for flat minima, or is probed.
 
     Attributes:
         simplicity_bias_upsampler: keywords of ``callbacks.SimplicityBiasUpsampler``; None for none.
         sharpness_aware_minimization: of ``callbacks.SharpnessAwareMinimization``; None, the default, for none.
+        distributional_simplicity_monitor: of ``callbacks.DistributionalSimplicityMonitor``, likewise.
+        feature_reliance_monitor: of ``callbacks.FeatureRelianceMonitor``, likewise.
     """
 
-    brings: ClassVar[Sequence[type[Callback]]] = (SimplicityBiasUpsampler, SharpnessAwareMinimization)
+    brings: ClassVar[Sequence[type[Callback]]] = (
+        SimplicityBiasUpsampler,
+        SharpnessAwareMinimization,
+        DistributionalSimplicityMonitor,
+        FeatureRelianceMonitor,
+    )
     simplicity_bias_upsampler: Options = DEFAULTS
     sharpness_aware_minimization: Options = None
+    distributional_simplicity_monitor: Options = None
+    feature_reliance_monitor: Options = None

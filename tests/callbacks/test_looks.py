@@ -11,6 +11,8 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_feat.callbacks import (
     CollapseThreshold,
+    DistributionalSimplicityMonitor,
+    FeatureRelianceMonitor,
     FeatureShiftMonitor,
     FewShotMonitor,
     GrassmannHead,
@@ -66,6 +68,7 @@ def counted(call, looks, trainer, *args, **kwargs):
         lambda: MixupGeometryMonitor(num_pairs=4),
         lambda: LinearProbe(penalties=[0.1]),
         lambda: FewShotMonitor(shots=[1], episodes=2),
+        lambda: FeatureRelianceMonitor({"first": 0}),
         lambda: SimplicityBiasUpsampler(separating_epoch="knee", restart=False),
     ],
     ids=lambda make: None,
@@ -77,6 +80,21 @@ def test_no_monitor_looks_at_the_device_in_a_training_step(tmp_path, make):
     run.fit(Plain(), loader(64), loader(16))
     assert run.global_step > 8
     assert not looks
+
+
+def test_clones_are_measured_in_the_steps_that_are_due_and_in_no_other(tmp_path):
+    monitor, steps = DistributionalSimplicityMonitor(num_examples=16, per_decade=2), set()
+    hook = monitor.on_train_batch_end
+
+    def counting(trainer, *args):
+        with Counter() as counter:
+            hook(trainer, *args)
+        if counter.looks:
+            steps.add(trainer.global_step)
+
+    monitor.on_train_batch_end = counting
+    trainer(tmp_path, callbacks=[monitor], max_epochs=2).fit(Plain(), loader(64))
+    assert steps == {1, 3, 10}
 
 
 def test_labels_that_do_not_fit_are_told_at_the_end_of_the_epoch_at_the_latest(tmp_path):

@@ -142,6 +142,19 @@ def few_shots(module: Any) -> Values:
     }
 
 
+def accuracy(module: Any, part: str) -> float:
+    _, targets, logits = measured(module, part)
+    return float((logits.argmax(1) == targets).double().mean())
+
+
+def real_accuracy(module: Any) -> Values:
+    return {"distributional_simplicity/accuracy_real/logits": accuracy(module, "train")}
+
+
+def clean_accuracy(module: Any) -> Values:
+    return {"feature_reliance/accuracy/all": accuracy(module, "val")}
+
+
 def prompts(module: Any) -> Values:
     """The term, and the norms of Gram matrices at the end of the epoch."""
     found = module.own_at_end

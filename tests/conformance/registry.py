@@ -278,6 +278,23 @@ CALLBACKS = [
         lacks={"out of memory in the callback": "between its two passes the author would have nothing to fail in"},
     ),
     Entry(
+        "DistributionalSimplicityMonitor",
+        "monitor",
+        values=expected.real_accuracy,
+        refuses={"iterable data set": ONE_LOADER, "soft labels": INTEGERS},
+        failure=Failure("lightning_feat.callbacks.simplicity_bias.distributional.right_and_all", "batch end", call=13),
+    ),
+    Entry(
+        "FeatureRelianceMonitor",
+        "monitor",
+        {"blocks": {"first": ":2", "last": 3}},
+        values=expected.clean_accuracy,
+        refuses={"several validation loaders": ONE_LOADER, "soft labels": INTEGERS},
+        failure=Failure(
+            "lightning_feat.callbacks.simplicity_bias.reliance_pass.reliance_of_counts", "epoch end", call=1
+        ),
+    ),
+    Entry(
         "FeatureShiftMonitor",
         "monitor",
         {"every_n_batches": 1},

@@ -20,6 +20,7 @@ from lightning_feat.functional.neural_collapse.duality import neco_subspace
 from lightning_feat.functional.neural_collapse.kept_features import kept_features_optimum
 from lightning_feat.functional.neural_collapse.mixup import MixSums, mix_sums
 from lightning_feat.functional.neural_collapse.pairs import pair_statistics
+from lightning_feat.functional.simplicity_bias.blocks import crossed_counts
 from lightning_feat.functional.transfer.class_separation import direction_sums, pair_angle_sums
 from tests.fuzz import definitions as slow
 from tests.fuzz.worlds import FINITE, World
@@ -479,6 +480,17 @@ CASES: dict[str, Case] = {
     "neural_collapse.directions": F32(
         lambda w: (w.features(),), degree=0, scales=(-20, 100), samples="along", gradient=True
     ),
+    "simplicity_bias.gaussian_clones": F32(_features, degree=1),
+    "simplicity_bias.ledoit_wolf_shrinkage": Case(lambda w: (w.features(),), degree=0, samples="nothing"),
+    "simplicity_bias.linear_discriminant": Case(_features, degree=(-1, 0), samples="nothing", tolerance=1e-6),
+    "simplicity_bias.next_log_step": Case(lambda w: (w.num_samples, w.num_classes)),
+    "simplicity_bias.block_mask": Case(lambda w: (_block(w), (w.num_features,))),
+    "simplicity_bias.crossed_counts": Case(
+        lambda w: (w.targets("a"), w.targets("b"), w.num_classes), samples="nothing", adds=True
+    ),
+    "simplicity_bias.reliance_of_counts": Case(
+        lambda w: (crossed_counts(w.targets("a"), w.targets("b"), w.num_classes),), samples="nothing"
+    ),
     "simplicity_bias.two_means": F32(_features, degree=(0, 2), tolerance=1e-6),
     "simplicity_bias.slow_examples": F32(
         lambda w: (w.features(), w.losses(), w.targets(), w.num_classes), degree=0, tolerance=1e-6
@@ -512,6 +524,8 @@ STILL_FIT: dict[str, dict[int, set[str]]] = {
     "grassmann.subspace_logits": {0: _ROWS, 1: _ROWS},
     "grassmann.svdvals_or_nan": {0: {"deep"}},
     "simplicity_bias.highest_losses": {2: {"beyond"}},
+    "simplicity_bias.block_mask": {0: _ROWS},
+    "simplicity_bias.reliance_of_counts": {0: {"beyond"}},
     "simplicity_bias.random_examples": {0: _ROWS, 1: {"beyond"}},
     "common.length": {0: _VECTORS},
     "common.tamed": {0: _VECTORS},

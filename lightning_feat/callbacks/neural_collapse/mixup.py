@@ -144,7 +144,7 @@ class MixupGeometryMonitor(MeasuresAtEpochEnds):
 
     def _loader(self, trainer: Trainer) -> Any:
         loader = trainer.train_dataloader if self.data == "train" else trainer.val_dataloaders
-        if not loader:
+        if loader is None or loader == []:
             raise ValueError(f"{self.state_key} has no {self.data} data: give the Trainer some, or set data='train'.")
         return loader
 

@@ -1,5 +1,7 @@
 """What a network learns late, and on which feature it relies."""
 
+from lightning_feat.functional.simplicity_bias.blocks import block_mask, crossed_counts, reliance_of_counts
+from lightning_feat.functional.simplicity_bias.clones import gaussian_clones, ledoit_wolf_shrinkage
 from lightning_feat.functional.simplicity_bias.clusters import (
     SlowExamples,
     TwoMeans,
@@ -7,8 +9,9 @@ from lightning_feat.functional.simplicity_bias.clusters import (
     two_means,
     useful_indices,
 )
-from lightning_feat.functional.simplicity_bias.epochs import knee_reached, separating_epoch
+from lightning_feat.functional.simplicity_bias.epochs import knee_reached, next_log_step, separating_epoch
 from lightning_feat.functional.simplicity_bias.hard_examples import highest_losses, misclassified, random_examples
+from lightning_feat.functional.simplicity_bias.linear_rule import LinearRule, linear_discriminant
 from lightning_feat.functional.simplicity_bias.reliance import (
     SelectionQuality,
     accuracy,
@@ -23,19 +26,27 @@ from lightning_feat.functional.simplicity_bias.reliance import (
 from lightning_feat.functional.simplicity_bias.sharpness import adaptive_scales, sharpness_step
 
 __all__ = [
+    "LinearRule",
     "SelectionQuality",
     "SlowExamples",
     "TwoMeans",
     "accuracy",
     "adaptive_scales",
     "binary_auc",
+    "block_mask",
     "block_randomized",
+    "crossed_counts",
     "feature_reliance",
+    "gaussian_clones",
     "highest_losses",
     "knee_reached",
+    "ledoit_wolf_shrinkage",
+    "linear_discriminant",
     "misclassified",
+    "next_log_step",
     "permuted_block",
     "random_examples",
+    "reliance_of_counts",
     "selection_quality",
     "separating_epoch",
     "sharpness_step",

@@ -88,3 +88,28 @@ def knee_reached(
         (False, True)
     """
     return separating_epoch(errors, max_epochs, share, window, fall, start) is not None
+
+
+def next_log_step(step: int, per_decade: int = 5) -> int:
+    """The first of the steps evenly spaced in the logarithm that comes after ``step``: 1, 2, 3, 4, 6, 10, 16, ...
+
+    Args:
+        step: whole number, zero or more.
+        per_decade: how many in each power of ten; where that is finer than whole numbers, each step once.
+
+    Raises:
+        ValueError: if ``step`` is negative or ``per_decade`` below 1.
+
+    Example:
+        >>> steps = [0]
+        >>> for _ in range(10):
+        ...     steps.append(next_log_step(steps[-1], per_decade=3))
+        >>> steps
+        [0, 1, 2, 5, 10, 22, 46, 100, 215, 464, 1000]
+    """
+    if step < 0 or per_decade < 1:
+        raise ValueError(f"{step=} must not be negative, and {per_decade=} at least 1.")
+    k = 0 if step == 0 else max(0, math.floor(per_decade * math.log10(step)) - 1)
+    while (found := round(10 ** (k / per_decade))) <= step:
+        k += 1
+    return found

@@ -41,21 +41,8 @@ def clean_loader(trainer: Trainer, loader: Any, name: str) -> DataLoader[Any]:
         ValueError: if it is something else: then the samples of a process cannot be told. Under FSDP2 also where the
             shares are uneven: there the processes must run in step.
     """
-    loader = loader[0] if isinstance(loader, list) and len(loader) == 1 else loader
-    if loader is None:
-        raise ValueError(
-            f"there are no {name} data yet: give the Trainer some, and where the first validation comes late leave its "
-            "sanity check on (num_sanity_val_steps)."
-        )
-    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
-        what = type(loader).__name__ if not isinstance(loader, DataLoader) else "a DataLoader over an IterableDataset"
-        raise ValueError(
-            f"a pass over the {name} data needs one DataLoader over a map-style data set, got {what}: choose the "
-            "online mode of a monitor that has one, which sees the batches as they pass."
-        )
-    dataset = _drawn_from(loader, name)
+    loader, dataset, shared = whole_set(trainer, loader, name)
     size = len(dataset) if isinstance(dataset, Sized) else 0
-    shared = processes_share(trainer, loader)
     if (size % trainer.world_size or not shared) and type(trainer.strategy).__name__ == "ModelParallelStrategy":
         why = f"do not divide by {trainer.world_size} processes" if shared else "are those of one process alone"
         raise ValueError(
@@ -66,6 +53,27 @@ def clean_loader(trainer: Trainer, loader: Any, name: str) -> DataLoader[Any]:
     share = Subset(dataset, range(trainer.global_rank, size, trainer.world_size)) if split else dataset
     batch_size = None if loader.batch_sampler is None else getattr(loader.batch_sampler, "batch_size", 1)
     return loader_like(loader, share, batch_size)
+
+
+def whole_set(trainer: Trainer, loader: Any, name: str) -> tuple[DataLoader[Any], Any, bool]:
+    """The one ``DataLoader``, the data set that it draws from, and whether the processes of the run share that.
+
+    Raises:
+        ValueError: if it is something else than a ``DataLoader`` over a map-style data set.
+    """
+    loader = loader[0] if isinstance(loader, list) and len(loader) == 1 else loader
+    if loader is None or (isinstance(loader, list) and not loader):
+        raise ValueError(
+            f"there are no {name} data yet: give the Trainer some, and where the first validation comes late leave its "
+            "sanity check on (num_sanity_val_steps)."
+        )
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        what = type(loader).__name__ if not isinstance(loader, DataLoader) else "a DataLoader over an IterableDataset"
+        raise ValueError(
+            f"a pass over the {name} data needs one DataLoader over a map-style data set, got {what}: choose the "
+            "online mode of a monitor that has one, which sees the batches as they pass."
+        )
+    return loader, _drawn_from(loader, name), processes_share(trainer, loader)
 
 
 def _drawn_from(loader: DataLoader[Any], name: str) -> Any:
