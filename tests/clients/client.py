@@ -35,7 +35,9 @@ class Client:
         build: the module and its data; seeded by the caller.
         features: the features ``(N, D)`` of the layer for a batch, computed without us.
         layer: whose output they are, or None where a classifier is found, and they are its input.
+        head: the classifier, where it is not found and we ask for its name.
         labels: the classes ``(N,)`` of a batch where they are not found: of a regression, what its data were made with.
+        pooling: what makes vectors of what that layer gives.
         shift: options of a feature shift, where what is trained lies before the layer's part of the network.
         eval_step: the module has a validation step; it gets the training data again.
         root: the package whose Trainer the module wants.
@@ -45,7 +47,9 @@ class Client:
     build: Callable[[], tuple[Any, Dataset]]
     features: Callable[[Any, Any], Tensor]
     layer: str | None = None
+    head: str | None = None
     labels: Callable[[Any], Tensor] | None = None
+    pooling: str | None = None
     shift: dict[str, Any] = field(default_factory=dict)
     eval_step: bool = True
     root: str = "lightning.pytorch"
@@ -56,7 +60,12 @@ class Client:
 
     def of_features(self) -> dict[str, Any]:
         found = {} if self.labels is None else {"target_key": self.labels}
-        return {"layer": self.layer, **found}
+        read = (
+            {"layer": self.layer, "pooling": self.pooling}
+            if self.head is None
+            else {"layer": self.head, "read": "input"}
+        )
+        return {**read, **found}
 
     def labels_of(self, batch: Any) -> Tensor:
         if self.labels is not None:

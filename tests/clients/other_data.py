@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from tests.clients.client import NUM_CLASSES, SAMPLES, TARGETS, Client, Samples
+from tests.clients.client import NUM_CLASSES, SAMPLES, TARGETS, Client, Samples, images
 
 
 def forecasting() -> tuple[Any, Dataset]:
@@ -68,6 +68,41 @@ def tabular() -> tuple[Any, Dataset]:
     return module, Samples([{"continuous": x, "categorical": c, "target": y} for x, c, y in rows])
 
 
+def molecules() -> tuple[Any, Dataset]:
+    """Graphs of molecules; the class is their functional group."""
+    chemprop = pytest.importorskip("chemprop")
+    from chemprop.data import MoleculeDatapoint, MoleculeDataset, collate_batch
+
+    groups = ("{}", "{}O", "{}N")
+    chains = ["C" * (length + 1) for length in range(SAMPLES // NUM_CLASSES)]
+    smiles = [groups[int(y)].format(chains[i // NUM_CLASSES]) for i, y in enumerate(TARGETS)]
+    points = [MoleculeDatapoint.from_smi(text, [float(y)]) for text, y in zip(smiles, TARGETS, strict=True)]
+    head = chemprop.nn.MulticlassClassificationFFN(n_classes=NUM_CLASSES, input_dim=16, hidden_dim=8)
+    module = chemprop.models.MPNN(
+        chemprop.nn.BondMessagePassing(d_h=16, depth=2), chemprop.nn.MeanAggregation(), head, warmup_epochs=1
+    )
+    data = MoleculeDataset(points)
+    return module, Samples([data[i] for i in range(len(data))], collate_batch)
+
+
+def defects() -> tuple[Any, Dataset]:
+    """A student that reverses a teacher's maps; its batches are data classes, and it is trained on no label."""
+    pytest.importorskip("anomalib")
+    from anomalib.data import ImageBatch, ImageItem
+    from anomalib.models import ReverseDistillation
+
+    size = ReverseDistillation.configure_pre_processor((32, 32))
+    module = ReverseDistillation("resnet18", pre_trained=False, pre_processor=size, evaluator=False, visualizer=False)
+    rows = zip(images(), TARGETS, strict=True)
+    items = [ImageItem(image=x, gt_label=y == 0, explanation=str(int(y))) for x, y in rows]
+    return module, Samples(items, ImageBatch.collate)
+
+
+def reversed_map(module: Any, batch: Any) -> Tensor:
+    model = module.model
+    return model.bottleneck([*model.encoder(batch.image).values()]).mean((2, 3))
+
+
 OTHERS = {
     "forecasting": Client(
         "pytorch_forecasting",
@@ -84,5 +119,20 @@ OTHERS = {
         labels=lambda b: b["target"][:, 0],
         shift={"trunk": ""},
         root="pytorch_lightning",
+    ),
+    "molecules": Client(
+        "chemprop",
+        molecules,
+        lambda m, b: m.predictor.ffn[1][:-1](m.predictor.ffn[0](m.fingerprint(*b[:3]))),
+        head="predictor.ffn.1.2",
+        labels=lambda b: b.Y[:, 0].long(),
+    ),
+    "anomaly detection": Client(
+        "anomalib",
+        defects,
+        reversed_map,
+        layer="model.bottleneck",
+        pooling="mean",
+        labels=lambda b: torch.tensor([int(text) for text in b.explanation]),
     ),
 }

@@ -20,7 +20,7 @@ UNDEFINED_IN_FEW = {"vci"}  # nan up to as many samples as features have entries
 
 
 def counted(client):
-    return client.of_features() | ({} if client.classifies else {"num_classes": NUM_CLASSES})
+    return client.of_features() | ({} if client.classifies and client.head is None else {"num_classes": NUM_CLASSES})
 
 
 MONITORS = {
@@ -105,7 +105,8 @@ def test_the_exact_monitor_says_what_the_definition_gives(client, tmp_path):
 def test_a_head_is_put_in_and_trained_around(name, head, tmp_path):
     client = CLIENTS[name]
     pytest.importorskip(client.package)
-    made = {"grassmann": [cb.GrassmannHead(2), cb.GrassmannMonitor()], "simplex": [cb.SimplexETFHead()]}[head]
+    grassmann = [cb.GrassmannHead(2, layer=client.head), cb.GrassmannMonitor(target_key=client.labels)]
+    made = {"grassmann": grassmann, "simplex": [cb.SimplexETFHead(layer=client.head)]}[head]
     module, _, logged = fit(client, tmp_path, made)
     assert all(torch.isfinite(w).all() for w in weights(module))
     kinds = {type(part).__name__ for part in module.modules()}
@@ -117,7 +118,9 @@ def test_a_head_is_put_in_and_trained_around(name, head, tmp_path):
 def test_the_upsampler_finds_its_way(name, tmp_path):
     client = CLIENTS[name]
     pytest.importorskip(client.package)
-    upsampler = cb.SimplicityBiasUpsampler(separating_epoch=1, restart=False)
+    upsampler = cb.SimplicityBiasUpsampler(
+        separating_epoch=1, restart=False, layer=client.head, target_key=client.labels
+    )
     plain, _, _ = fit(client, tmp_path)
     module, _, _ = fit(client, tmp_path, [upsampler])
     assert all(torch.isfinite(w).all() for w in weights(module))

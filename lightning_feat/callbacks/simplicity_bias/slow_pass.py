@@ -90,7 +90,14 @@ class SlowPass:
 
     def try_first_batch(self, trainer: Trainer, module: LightningModule, loader: DataLoader[Any]) -> None:
         """Run the network on a first batch, so that what is wrong is said now, and not after some epochs."""
-        try_first_batch(trainer, module, loader, "training", self.ways, [self.logits, self.features])
+        taps = [self.logits, self.features]
+        batch = try_first_batch(trainer, module, loader, "training", self.ways, taps)
+        if batch is None:
+            return
+        with without_trace(trainer, module):
+            way = self.ways.find(trainer, module, batch, "training", taps)
+            rows = len(hear(trainer, module, batch, taps, way)[0])
+        self._refuse_missing(rows, min(loader.batch_size or 1, len(loader.dataset)))  # type: ignore[arg-type]
 
     def remove(self) -> None:
         """Take the hooks away."""
@@ -120,7 +127,8 @@ class SlowPass:
         if trainer.is_global_zero:
             rows, indices = Looked(*(column[0] for column in columns if column)), columns[0][1] if columns[0] else index
             try:
-                self._refuse_missing(trainer, len(rows.targets), size)
+                if not getattr(trainer, "fast_dev_run", False):
+                    self._refuse_missing(len(rows.targets), size)
                 found = self._chosen(rows, module.device, seed)
                 told = self._spread(*found, rows.targets, indices, size, epochs, factor, seed), ""
             except ValueError as error:
@@ -130,9 +138,9 @@ class SlowPass:
             raise ValueError(wrong)
         return Selection.from_state_dict(state)
 
-    def _refuse_missing(self, trainer: Trainer, looked: int, size: int) -> None:
+    def _refuse_missing(self, looked: int, size: int) -> None:
         # Rows are told apart by their place: one that is left out would give its name to the next.
-        if looked != size and not getattr(trainer, "fast_dev_run", False):
+        if looked != size:
             raise ValueError(
                 f"{looked} rows of logits came out of a pass in eval mode over {size} training examples, but one of "
                 "each is needed to tell which are slow: a collate_fn must leave none out, and a network that gives "

@@ -7,6 +7,7 @@ the network; where there is no step to ask and the calls differ, the user is ask
 """
 
 import inspect
+import itertools
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -133,7 +134,10 @@ def find_way(
     step, truth = _own_step(tries, module) if steps else (None, None)
     usual = next((features for way in calls if (features := tries.features(way)) is not None), None)
     if step is not None and truth is not None and (usual is None or _fit(truth, usual)):
-        return next((way for way in calls if _same(tries.features(way), truth)), step)
+        same = (way for way in calls if _same(tries.features(way), truth))
+        # Or it runs the network on the same again, for another loss or metric: once is enough, and one row of each.
+        once = (way for way in calls if _repeated(tries.features(way), truth))
+        return next(itertools.chain(same, once), step)
     if first is not None and tries.features(first) is not None:
         return first
     working = [way for way in calls if tries.features(way) is not None]
@@ -250,6 +254,14 @@ def _same(features: list[Tensor] | None, others: list[Tensor]) -> bool:
         a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.nan_to_num(), b.nan_to_num())
         for a, b in zip(features, others, strict=True)
     )
+
+
+def _repeated(features: list[Tensor] | None, others: list[Tensor]) -> bool:
+    """Whether the others are these several times, bit for bit."""
+    if features is None or any(len(a) == 0 or len(b) % len(a) for a, b in zip(features, others, strict=True)):
+        return False
+    again = [torch.cat([a] * (len(b) // len(a))) for a, b in zip(features, others, strict=True)]
+    return _same(again, others)
 
 
 def _fit(features: list[Tensor], others: list[Tensor]) -> bool:

@@ -211,6 +211,8 @@ def _possible(module: nn.Module) -> list[Named]:
         if isinstance(part, (nn.ModuleList, nn.Sequential)):
             blocks = [(child_name, child) for child_name, child in part.named_children() if [*child.children()]]
             kinds = [type(child) for _, child in blocks]
+            if blocks and type(part[-1]) is nn.Sequential and _ends_in_head(part):
+                blocks = blocks[:-1]  # a perceptron in pieces, whose last layer is no block
             repeated = [f"{name}.{n}".lstrip(".") for n, child in blocks if kinds.count(type(child)) > 1]
             inner.update(_plain(block) for block in repeated)
         if isinstance(part, nn.MultiheadAttention):
@@ -227,6 +229,13 @@ def _possible(module: nn.Module) -> list[Named]:
         if name not in feeding and not any(name == block or name.startswith(f"{block}.") for block in inner)
     ]
     return possible or found
+
+
+def _ends_in_head(part: nn.Module) -> bool:
+    """Whether nothing comes after the last layer of this Sequential that could make logits: no activation."""
+    while isinstance(part, nn.Sequential) and len(part):
+        part = part[-1]
+    return _is_head(part)
 
 
 def _plain(name: str) -> str:

@@ -286,3 +286,34 @@ def test_a_forward_that_is_given_is_tried_at_once(tmp_path):
     with pytest.raises(KeyError, match="image"):
         run.fit(Plain(), loader(), loader(16))
     assert run.global_step == 0
+
+
+class EvaluatesTwice(Plain):
+    """One run of the network for the metrics, and another for the loss."""
+
+    def validation_step(self, batch, batch_idx):
+        self(batch[0]), super().validation_step(batch, batch_idx)
+
+
+class NothingButAStep(NoForward):
+    def validation_step(self, batch, batch_idx):
+        self.training_step(batch, batch_idx), self.training_step(batch, batch_idx)
+
+
+def test_a_step_that_runs_the_network_twice_on_the_same_is_replaced_by_the_call_that_runs_it_once(tmp_path):
+    chosen = []
+    for module in (Plain(), EvaluatesTwice()):
+        upsampler = SimplicityBiasUpsampler(separating_epoch=1, restart=False)
+        torch.manual_seed(0)
+        module.load_state_dict(Plain().state_dict())
+        trainer(tmp_path, callbacks=[upsampler], max_epochs=2).fit(module, loader(), loader(16))
+        chosen.append(upsampler.selection.slow)
+    assert chosen[0].any()
+    assert torch.equal(*chosen)
+
+
+def test_several_rows_of_an_example_are_said_before_any_training(tmp_path):
+    run = trainer(tmp_path, callbacks=[SimplicityBiasUpsampler(separating_epoch=1, restart=False)], max_epochs=2)
+    with pytest.raises(ValueError, match="16 rows of logits came out of a pass in eval mode over 8 training examples"):
+        run.fit(NothingButAStep(), loader(), loader(16))
+    assert run.global_step == 0

@@ -127,6 +127,15 @@ def test_of_layers_one_after_the_other_the_last_is_it():
     assert find_classifier(Holder(net=nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))))[0] == "net.2"
 
 
+def test_the_last_layer_of_a_perceptron_in_pieces_is_possible():
+    pieces = nn.Sequential(nn.Sequential(nn.Linear(4, 8)), nn.Sequential(nn.ReLU(), nn.Linear(8, 3)))
+    assert find_classifier(Holder(net=pieces))[0] == "net.1.1"
+    with pytest.raises(ValueError, match=r"embed \(Linear\), net.1.1 \(Linear\)"):
+        find_classifier(Holder(embed=nn.Linear(5, 4), net=pieces))
+    blocks = nn.Sequential(*[nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(2)])
+    assert find_classifier(Holder(net=blocks, out=nn.Linear(4, 3)))[0] == "out"
+
+
 def test_the_question_names_the_argument_and_convolutions():
     with pytest.raises(ValueError, match=r"a \(Conv2d\), b \(Conv2d\). .* \(argument `classifier`\)"):
         find_classifier(Holder(a=nn.Conv2d(1, 2, 3), b=nn.Conv2d(2, 3, 3)), "classifier")
