@@ -24,6 +24,7 @@ from lightning_feat.callbacks.simplicity_bias import (
     DistributionalSimplicityMonitor,
     FeatureRelianceMonitor,
     SharpnessAwareMinimization,
+    SharpnessMonitor,
     SimplicityBiasUpsampler,
 )
 from lightning_feat.callbacks.transfer import FewShotMonitor, LinearProbe
@@ -54,6 +55,7 @@ __all__ = [
     "RegressionCollapseMonitor",
     "Regularizer",
     "SharpnessAwareMinimization",
+    "SharpnessMonitor",
     "SimplexETFHead",
     "SimplicityBiasUpsampler",
     "SummaryTable",

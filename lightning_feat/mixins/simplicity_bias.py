@@ -7,6 +7,7 @@ from lightning_feat.callbacks import (
     DistributionalSimplicityMonitor,
     FeatureRelianceMonitor,
     SharpnessAwareMinimization,
+    SharpnessMonitor,
     SimplicityBiasUpsampler,
 )
 from lightning_feat.mixins.callbacks import DEFAULTS, CallbacksMixin, Options
@@ -20,6 +21,7 @@ class SimplicityBiasMixin(CallbacksMixin):
         sharpness_aware_minimization: of ``callbacks.SharpnessAwareMinimization``; None, the default, for none.
         distributional_simplicity_monitor: of ``callbacks.DistributionalSimplicityMonitor``, likewise.
         feature_reliance_monitor: of ``callbacks.FeatureRelianceMonitor``, likewise.
+        sharpness_monitor: of ``callbacks.SharpnessMonitor``, likewise.
     """
 
     brings: ClassVar[Sequence[type[Callback]]] = (
@@ -27,8 +29,10 @@ class SimplicityBiasMixin(CallbacksMixin):
         SharpnessAwareMinimization,
         DistributionalSimplicityMonitor,
         FeatureRelianceMonitor,
+        SharpnessMonitor,
     )
     simplicity_bias_upsampler: Options = DEFAULTS
     sharpness_aware_minimization: Options = None
     distributional_simplicity_monitor: Options = None
     feature_reliance_monitor: Options = None
+    sharpness_monitor: Options = None

@@ -20,6 +20,7 @@ from lightning_feat.callbacks import (
     LinearProbe,
     MixupGeometryMonitor,
     NeuralCollapseMonitor,
+    SharpnessMonitor,
     SimplicityBiasUpsampler,
 )
 from tests.helpers import Plain, loader, trainer
@@ -69,6 +70,7 @@ def counted(call, looks, trainer, *args, **kwargs):
         lambda: LinearProbe(penalties=[0.1]),
         lambda: FewShotMonitor(shots=[1], episodes=2),
         lambda: FeatureRelianceMonitor({"first": 0}),
+        lambda: SharpnessMonitor(max_products=2),
         lambda: SimplicityBiasUpsampler(separating_epoch="knee", restart=False),
     ],
     ids=lambda make: None,

@@ -295,6 +295,17 @@ CALLBACKS = [
         ),
     ),
     Entry(
+        "SharpnessMonitor",
+        "monitor",
+        {"max_products": 5},
+        refuses={
+            "iterable data set": ONE_LOADER,
+            "soft labels": INTEGERS,
+            **dict.fromkeys(("FSDP2", "FSDP2, classifier named"), "Use DDP"),
+        },
+        failure=Failure("lightning_feat.callbacks.simplicity_bias.curvature.top_eigenvalue", "epoch end", call=1),
+    ),
+    Entry(
         "FeatureShiftMonitor",
         "monitor",
         {"every_n_batches": 1},

@@ -484,6 +484,9 @@ CASES: dict[str, Case] = {
     "simplicity_bias.ledoit_wolf_shrinkage": Case(lambda w: (w.features(),), degree=0, samples="nothing"),
     "simplicity_bias.linear_discriminant": Case(_features, degree=(-1, 0), samples="nothing", tolerance=1e-6),
     "simplicity_bias.next_log_step": Case(lambda w: (w.num_samples, w.num_classes)),
+    "simplicity_bias.top_eigenvalue": Case(
+        lambda w: (lambda v: 2 * v, torch.ones(w.num_features, dtype=torch.float64))
+    ),
     "simplicity_bias.block_mask": Case(lambda w: (_block(w), (w.num_features,))),
     "simplicity_bias.crossed_counts": Case(
         lambda w: (w.targets("a"), w.targets("b"), w.num_classes), samples="nothing", adds=True
@@ -525,6 +528,7 @@ STILL_FIT: dict[str, dict[int, set[str]]] = {
     "grassmann.svdvals_or_nan": {0: {"deep"}},
     "simplicity_bias.highest_losses": {2: {"beyond"}},
     "simplicity_bias.block_mask": {0: _ROWS},
+    "simplicity_bias.top_eigenvalue": {1: _ROWS},
     "simplicity_bias.reliance_of_counts": {0: {"beyond"}},
     "simplicity_bias.random_examples": {0: _ROWS, 1: {"beyond"}},
     "common.length": {0: _VECTORS},

@@ -1,5 +1,6 @@
 """What is learned late, shown more often; flat minima, looked for; and probes of what a network relies on, and when."""
 
+from lightning_feat.callbacks.simplicity_bias.curvature import SharpnessMonitor
 from lightning_feat.callbacks.simplicity_bias.distributional import DistributionalSimplicityMonitor
 from lightning_feat.callbacks.simplicity_bias.reliance import FeatureRelianceMonitor
 from lightning_feat.callbacks.simplicity_bias.sharpness import SharpnessAwareMinimization
@@ -9,5 +10,6 @@ __all__ = [
     "DistributionalSimplicityMonitor",
     "FeatureRelianceMonitor",
     "SharpnessAwareMinimization",
+    "SharpnessMonitor",
     "SimplicityBiasUpsampler",
 ]

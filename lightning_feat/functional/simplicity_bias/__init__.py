@@ -9,6 +9,7 @@ from lightning_feat.functional.simplicity_bias.clusters import (
     two_means,
     useful_indices,
 )
+from lightning_feat.functional.simplicity_bias.curvature import TopEigenvalue, top_eigenvalue
 from lightning_feat.functional.simplicity_bias.epochs import knee_reached, next_log_step, separating_epoch
 from lightning_feat.functional.simplicity_bias.hard_examples import highest_losses, misclassified, random_examples
 from lightning_feat.functional.simplicity_bias.linear_rule import LinearRule, linear_discriminant
@@ -29,6 +30,7 @@ __all__ = [
     "LinearRule",
     "SelectionQuality",
     "SlowExamples",
+    "TopEigenvalue",
     "TwoMeans",
     "accuracy",
     "adaptive_scales",
@@ -53,6 +55,7 @@ __all__ = [
     "shortcut_bias",
     "slow_examples",
     "slow_feature_accuracy",
+    "top_eigenvalue",
     "two_means",
     "useful_indices",
 ]

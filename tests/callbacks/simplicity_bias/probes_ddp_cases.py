@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_feat.callbacks import DistributionalSimplicityMonitor, FeatureRelianceMonitor
+from lightning_feat.callbacks import DistributionalSimplicityMonitor, FeatureRelianceMonitor, SharpnessMonitor
 from tests.helpers import Plain, points, trainer
 from tests.joints import ddp_cases
 
@@ -61,6 +61,15 @@ def reliance_of_few(world):
     return fit(FeatureRelianceMonitor({"first": 0}), world, size=3)
 
 
+def sharpness(world):
+    return fit(SharpnessMonitor(num_examples=40, max_products=200, tolerance=1e-3), world)
+
+
+def sharpness_of_few(world):
+    return fit(SharpnessMonitor(num_examples=1, max_products=200, tolerance=1e-3), world)
+
+
 if __name__ == "__main__":
-    ddp_cases.CASES[:] = [clones, clones_of_few, reliance, reliance_of_two_classes, reliance_of_few]
+    names = "clones clones_of_few reliance reliance_of_two_classes reliance_of_few sharpness sharpness_of_few"
+    ddp_cases.CASES[:] = [globals()[name] for name in names.split()]
     ddp_cases.main(Path(sys.argv[1]))

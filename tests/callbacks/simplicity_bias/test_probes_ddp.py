@@ -14,10 +14,21 @@ def pair(tmp_path_factory):
     return results
 
 
-@pytest.mark.parametrize("name", ["clones", "clones_of_few", "reliance", "reliance_of_two_classes", "reliance_of_few"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "clones",
+        "clones_of_few",
+        "reliance",
+        "reliance_of_two_classes",
+        "reliance_of_few",
+        "sharpness",
+        "sharpness_of_few",
+    ],
+)
 def test_two_processes_find_what_one_finds(pair, name):
     expected = getattr(cases, name)(1)
     assert expected
     for results in pair:
-        # float32 logits of batches of another size
-        assert results[name] == pytest.approx(expected, rel=1e-5, abs=1e-6, nan_ok=True)
+        # float32 logits of batches of another size, and an iteration that ends at another product
+        assert results[name] == pytest.approx(expected, rel=2e-4, abs=1e-6, nan_ok=True)
