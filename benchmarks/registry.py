@@ -80,6 +80,7 @@ CALLBACKS = [
     Entry("SharpnessAwareMinimization (interval 5)", lambda _: [ours.SharpnessAwareMinimization(interval=5)]),
     Entry("DistributionalSimplicityMonitor", lambda _: [ours.DistributionalSimplicityMonitor(num_examples=256)]),
     Entry("FeatureRelianceMonitor (a block)", lambda _: [ours.FeatureRelianceMonitor({"left": "..., :16"})]),
+    Entry("ForgettingMonitor", lambda _: [ours.ForgettingMonitor()]),
     Entry("SharpnessMonitor", lambda _: [ours.SharpnessMonitor(num_examples=128, max_products=10)]),
     Entry("SharpnessMonitor (rise alone)", lambda _: [ours.SharpnessMonitor(False, num_examples=128)]),
     Entry("CurvePlotter", lambda _: [ours.CurvePlotter()]),

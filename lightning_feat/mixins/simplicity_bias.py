@@ -6,6 +6,7 @@ from lightning.pytorch import Callback
 from lightning_feat.callbacks import (
     DistributionalSimplicityMonitor,
     FeatureRelianceMonitor,
+    ForgettingMonitor,
     SharpnessAwareMinimization,
     SharpnessMonitor,
     SimplicityBiasUpsampler,
@@ -21,6 +22,7 @@ class SimplicityBiasMixin(CallbacksMixin):
         sharpness_aware_minimization: of ``callbacks.SharpnessAwareMinimization``; None, the default, for none.
         distributional_simplicity_monitor: of ``callbacks.DistributionalSimplicityMonitor``, likewise.
         feature_reliance_monitor: of ``callbacks.FeatureRelianceMonitor``, likewise.
+        forgetting_monitor: of ``callbacks.ForgettingMonitor``, likewise.
         sharpness_monitor: of ``callbacks.SharpnessMonitor``, likewise.
     """
 
@@ -29,10 +31,12 @@ class SimplicityBiasMixin(CallbacksMixin):
         SharpnessAwareMinimization,
         DistributionalSimplicityMonitor,
         FeatureRelianceMonitor,
+        ForgettingMonitor,
         SharpnessMonitor,
     )
     simplicity_bias_upsampler: Options = DEFAULTS
     sharpness_aware_minimization: Options = None
     distributional_simplicity_monitor: Options = None
     feature_reliance_monitor: Options = None
+    forgetting_monitor: Options = None
     sharpness_monitor: Options = None

@@ -295,6 +295,16 @@ CALLBACKS = [
         ),
     ),
     Entry(
+        "ForgettingMonitor",
+        "monitor",
+        refuses={
+            "iterable data set": ONE_LOADER,
+            "soft labels": INTEGERS,
+            "two processes, each with data of its own": "use_distributed_sampler=False",
+        },
+        failure=Failure("lightning_feat.callbacks.simplicity_bias.forgetting.with_look", "epoch end", call=1),
+    ),
+    Entry(
         "SharpnessMonitor",
         "monitor",
         {"max_products": 5},

@@ -21,6 +21,7 @@ from lightning_feat.functional.neural_collapse.kept_features import kept_feature
 from lightning_feat.functional.neural_collapse.mixup import MixSums, mix_sums
 from lightning_feat.functional.neural_collapse.pairs import pair_statistics
 from lightning_feat.functional.simplicity_bias.blocks import crossed_counts
+from lightning_feat.functional.simplicity_bias.forgetting import learning_times
 from lightning_feat.functional.transfer.class_separation import direction_sums, pair_angle_sums
 from tests.fuzz import definitions as slow
 from tests.fuzz.worlds import FINITE, World
@@ -486,6 +487,11 @@ CASES: dict[str, Case] = {
     "simplicity_bias.next_log_step": Case(lambda w: (w.num_samples, w.num_classes)),
     "simplicity_bias.top_eigenvalue": Case(
         lambda w: (lambda v: 2 * v, torch.ones(w.num_features, dtype=torch.float64))
+    ),
+    "simplicity_bias.learning_times": Case(lambda w: (torch.stack([w.mask("a"), w.mask("b"), w.mask("c")]),)),
+    "simplicity_bias.no_looks": Case(lambda w: (w.num_samples,)),
+    "simplicity_bias.with_look": Case(
+        lambda w: (learning_times(torch.stack([w.mask("a"), w.mask("b")])), w.mask("c"), 3, w.mask("d"))
     ),
     "simplicity_bias.block_mask": Case(lambda w: (_block(w), (w.num_features,))),
     "simplicity_bias.crossed_counts": Case(

@@ -2,6 +2,7 @@
 
 from lightning_feat.callbacks.simplicity_bias.curvature import SharpnessMonitor
 from lightning_feat.callbacks.simplicity_bias.distributional import DistributionalSimplicityMonitor
+from lightning_feat.callbacks.simplicity_bias.forgetting import ForgettingMonitor
 from lightning_feat.callbacks.simplicity_bias.reliance import FeatureRelianceMonitor
 from lightning_feat.callbacks.simplicity_bias.sharpness import SharpnessAwareMinimization
 from lightning_feat.callbacks.simplicity_bias.upsampler import SimplicityBiasUpsampler
@@ -9,6 +10,7 @@ from lightning_feat.callbacks.simplicity_bias.upsampler import SimplicityBiasUps
 __all__ = [
     "DistributionalSimplicityMonitor",
     "FeatureRelianceMonitor",
+    "ForgettingMonitor",
     "SharpnessAwareMinimization",
     "SharpnessMonitor",
     "SimplicityBiasUpsampler",

@@ -19,6 +19,7 @@ from lightning_feat.joints.data.pass_progress import pass_progress
 from lightning_feat.joints.data.passes import clean_batches, hear, try_first_batch
 from lightning_feat.joints.data.processes import gather_on_first
 from lightning_feat.joints.data.trace import without_trace
+from lightning_feat.joints.data.train_loader import one_train_loader
 from lightning_feat.joints.data.ways import Forward, Ways
 from lightning_feat.joints.features.batches import TargetKey, class_indices, targets_of
 from lightning_feat.joints.features.taps import FeatureTap
@@ -27,6 +28,7 @@ Choose: TypeAlias = Literal["clusters", "loss", "misclassified", "random"]
 Outputs: TypeAlias = Literal["logits", "probabilities", "features"]
 Criterion: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
+_CLEAN = "clean_train_dataloader"  # looked for where no other name is given
 _MOSTLY_SLOW = 0.7  # share of a class; the paper finds 30 to 40 % of CIFAR slow
 
 
@@ -215,6 +217,30 @@ class SlowPass:
 
         spread = whole(False, slow), whole(-1, targets), whole(0, cluster)
         return Selection(*spread, loss, epoch, factor, seed, self.choose).state_dict()
+
+
+def clean_training_loader(
+    trainer: Trainer, module: LightningModule, clean: str | None, name: str | int | None
+) -> DataLoader[Any]:
+    """A loader of the training examples as they are: what the method ``clean`` of the datamodule or module returns,
+    ``clean_train_dataloader`` where it is None; without such a method the training loader.
+
+    Raises:
+        ValueError: if there is no method of the name given, or it gives other examples.
+    """
+    trained = one_train_loader(trainer, name)
+    method = clean or _CLEAN
+    datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
+    found = next((owner for owner in (datamodule, module) if callable(getattr(owner, method, None))), None)
+    if found is None and clean is not None:
+        raise ValueError(f"clean={method!r}: neither the datamodule nor the module has a method of that name.")
+    loader = trained if found is None else getattr(found, method)()
+    if found is not None and len(loader.dataset) != len(trained.dataset):
+        raise ValueError(
+            f"{method} gives {len(loader.dataset)} examples, but the training data have {len(trained.dataset)}: give "
+            "the same examples in the same order."
+        )
+    return loader  # type: ignore[no-any-return]
 
 
 def warn_of_augmentation(loader: DataLoader[Any], owner: str) -> None:

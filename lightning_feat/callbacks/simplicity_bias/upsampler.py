@@ -17,6 +17,7 @@ from lightning_feat.callbacks.simplicity_bias.slow_pass import (
     Criterion,
     Outputs,
     SlowPass,
+    clean_training_loader,
     warn_of_augmentation,
 )
 from lightning_feat.data.plan import Length
@@ -41,8 +42,6 @@ from lightning_feat.joints.module.head_check import check_found, forget_check
 from lightning_feat.joints.run.folder import run_folder
 from lightning_feat.joints.run.loggers import send_file
 from lightning_feat.joints.run.spared import run_spared
-
-_CLEAN = "clean_train_dataloader"  # looked for where no other name is given
 
 
 class SimplicityBiasUpsampler(DataPlan):
@@ -352,18 +351,7 @@ class SimplicityBiasUpsampler(DataPlan):
 
     def _clean(self, trainer: Trainer, module: LightningModule) -> DataLoader[Any]:
         """This process's share of the training examples, as they are."""
-        trained = one_train_loader(trainer, self.loader)
-        name = self.clean or _CLEAN
-        datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
-        found = next((owner for owner in (datamodule, module) if callable(getattr(owner, name, None))), None)
-        if found is None and self.clean is not None:
-            raise ValueError(f"clean={name!r}: neither the datamodule nor the module has a method of that name.")
-        loader = trained if found is None else getattr(found, name)()
-        if len(loader.dataset) != len(trained.dataset):
-            raise ValueError(
-                f"{name} gives {len(loader.dataset)} examples, but the training data have {len(trained.dataset)}: give "
-                "the same examples in the same order."
-            )
+        loader = clean_training_loader(trainer, module, self.clean, self.loader)
         return clean_loader(trainer, loader, "training")
 
     def _leave(self, trainer: Trainer, module: LightningModule) -> None:

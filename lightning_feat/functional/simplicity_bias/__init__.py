@@ -11,6 +11,7 @@ from lightning_feat.functional.simplicity_bias.clusters import (
 )
 from lightning_feat.functional.simplicity_bias.curvature import TopEigenvalue, top_eigenvalue
 from lightning_feat.functional.simplicity_bias.epochs import knee_reached, next_log_step, separating_epoch
+from lightning_feat.functional.simplicity_bias.forgetting import LearningTimes, learning_times, no_looks, with_look
 from lightning_feat.functional.simplicity_bias.hard_examples import highest_losses, misclassified, random_examples
 from lightning_feat.functional.simplicity_bias.linear_rule import LinearRule, linear_discriminant
 from lightning_feat.functional.simplicity_bias.reliance import (
@@ -27,6 +28,7 @@ from lightning_feat.functional.simplicity_bias.reliance import (
 from lightning_feat.functional.simplicity_bias.sharpness import adaptive_scales, sharpness_step
 
 __all__ = [
+    "LearningTimes",
     "LinearRule",
     "SelectionQuality",
     "SlowExamples",
@@ -42,10 +44,12 @@ __all__ = [
     "gaussian_clones",
     "highest_losses",
     "knee_reached",
+    "learning_times",
     "ledoit_wolf_shrinkage",
     "linear_discriminant",
     "misclassified",
     "next_log_step",
+    "no_looks",
     "permuted_block",
     "random_examples",
     "reliance_of_counts",
@@ -58,4 +62,5 @@ __all__ = [
     "top_eigenvalue",
     "two_means",
     "useful_indices",
+    "with_look",
 ]

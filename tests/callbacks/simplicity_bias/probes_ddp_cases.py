@@ -9,7 +9,12 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_feat.callbacks import DistributionalSimplicityMonitor, FeatureRelianceMonitor, SharpnessMonitor
+from lightning_feat.callbacks import (
+    DistributionalSimplicityMonitor,
+    FeatureRelianceMonitor,
+    ForgettingMonitor,
+    SharpnessMonitor,
+)
 from tests.helpers import Plain, points, trainer
 from tests.joints import ddp_cases
 
@@ -69,7 +74,13 @@ def sharpness_of_few(world):
     return fit(SharpnessMonitor(num_examples=1, max_products=200, tolerance=1e-3), world)
 
 
+def forgetting(world):
+    monitor = ForgettingMonitor()
+    shown = fit(monitor, world)
+    return {**shown, **{f"{i}": float(value) for i, value in enumerate(monitor.times.first_learned)}}
+
+
 if __name__ == "__main__":
-    names = "clones clones_of_few reliance reliance_of_two_classes reliance_of_few sharpness sharpness_of_few"
-    ddp_cases.CASES[:] = [globals()[name] for name in names.split()]
+    ddp_cases.CASES[:] = [clones, clones_of_few, reliance, reliance_of_two_classes, reliance_of_few]
+    ddp_cases.CASES += [sharpness, sharpness_of_few, forgetting]
     ddp_cases.main(Path(sys.argv[1]))

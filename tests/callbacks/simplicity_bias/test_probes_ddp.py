@@ -24,6 +24,7 @@ def pair(tmp_path_factory):
         "reliance_of_few",
         "sharpness",
         "sharpness_of_few",
+        "forgetting",
     ],
 )
 def test_two_processes_find_what_one_finds(pair, name):
