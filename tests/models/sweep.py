@@ -8,7 +8,9 @@ import argparse
 import json
 import sys
 from collections import defaultdict
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from tests.models.answers import answer
 from tests.models.libraries import LIBRARIES, one_of_each
@@ -28,6 +30,7 @@ replace, and where the text is read; and of the image tower whether it takes pro
 `start_token=`, has the last word about the start. *Layers are asked for*: by the argument `layers`.
 """
 
+_PACKAGES = "packages"
 HERE = Path(__file__).parent
 TABLE = HERE / "expected.json"
 PAGE = HERE.parents[1] / "docs" / "models.md"
@@ -35,8 +38,27 @@ PAGE = HERE.parents[1] / "docs" / "models.md"
 
 def expected() -> dict[str, dict[str, list[str]]]:
     """By library and family, the answers that are right."""
-    table: dict[str, dict[str, list[str]]] = json.loads(TABLE.read_text()) if TABLE.exists() else {}
+    table: dict[str, Any] = json.loads(TABLE.read_text()) if TABLE.exists() else {}
+    table.pop(_PACKAGES, None)
     return table
+
+
+def ran_on() -> dict[str, str]:
+    """The packages, with their versions, that the answers are of."""
+    table: dict[str, Any] = json.loads(TABLE.read_text()) if TABLE.exists() else {}
+    packages: dict[str, str] = table.get(_PACKAGES, {})
+    return packages
+
+
+def installed() -> dict[str, str]:
+    """The versions of the packages that are here."""
+    return {name: version(name) for name in ("torch", "timm", "torchvision", "transformers", "open_clip_torch")}
+
+
+def write(table: dict[str, dict[str, list[str]]], packages: dict[str, str]) -> None:
+    """The table of expected answers, and the page that shows it."""
+    TABLE.write_text(json.dumps({_PACKAGES: packages, **table}, indent=1) + "\n")
+    PAGE.write_text(page(table, packages))
 
 
 def sweep(libraries: list[str], quick: bool, run: bool) -> dict[str, dict[str, list[str]]]:
@@ -51,9 +73,9 @@ def sweep(libraries: list[str], quick: bool, run: bool) -> dict[str, dict[str, l
     return {library: {f: sorted(a) for f, a in sorted(families.items())} for library, families in found.items()}
 
 
-def page(table: dict[str, dict[str, list[str]]]) -> str:
+def page(table: dict[str, dict[str, list[str]]], packages: dict[str, str]) -> str:
     """docs/models.md."""
-    lines = [_HEADER]
+    lines = [_HEADER, f"These answers are of {', '.join(f'{name} {number}' for name, number in packages.items())}.", ""]
     for library, families in table.items():
         what = "towers" if library in ("open_clip", "transformers, of images and texts") else "layer"
         lines += [f"## {library}", "", f"| family | {what} |", "| --- | --- |"]
@@ -85,8 +107,7 @@ def main() -> int:
             for family, answers in families.items():
                 known[family] = sorted({*(known.get(family, []) if args.quick else []), *answers})
             table[library] = dict(sorted(known.items()))
-        TABLE.write_text(json.dumps(table, indent=1) + "\n")
-    PAGE.write_text(page(table))
+        write(table, installed())
     print(*wrong, sep="\n")
     return int(bool(wrong) and not args.write)
 

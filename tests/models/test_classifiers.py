@@ -4,7 +4,7 @@ import pytest
 
 from tests.models.answers import answer
 from tests.models.libraries import LIBRARIES, by_family, one_of_each
-from tests.models.sweep import PAGE, expected, page
+from tests.models.sweep import PAGE, expected, page, ran_on
 
 
 def models_of(library):
@@ -52,4 +52,4 @@ def test_one_model_of_each_family_by_running_too(library):
 
 
 def test_the_page_is_what_the_sweep_wrote():
-    assert PAGE.read_text() == page(expected())
+    assert PAGE.read_text() == page(expected(), ran_on())

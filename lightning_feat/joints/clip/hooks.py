@@ -145,6 +145,29 @@ class IdsHook(Hook):
         return tuple(moved(value) for value in args), kept
 
 
+class TurnHook(Hook):
+    """Rotary positions for the tokens that prompts add to a block: none, as of a class token.
+
+    timm gives a block its ``rope`` for the patches, as sines and cosines ``(..., patches, 2 d)``.
+    """
+
+    def __init__(self, num_prefix: int) -> None:
+        super().__init__(_nothing)
+        self.num_prefix = num_prefix
+
+    def on_input(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        rope = kwargs.get("rope")
+        if not self.active or not args or rope is None:
+            return None
+        missing = args[0].shape[1] - self.num_prefix - rope.shape[-2]
+        if missing <= 0:
+            return None
+        sin, cos = rope[..., :1, :].chunk(2, -1)
+        still = torch.cat([torch.zeros_like(sin), torch.ones_like(cos)], dim=-1)
+        still = still.expand(*still.shape[:-2], missing, still.shape[-1])
+        return args, {**kwargs, "rope": torch.cat([rope, still], dim=-2)}
+
+
 def _nothing(tokens: Tensor) -> None:
     return None
 

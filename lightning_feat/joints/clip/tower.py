@@ -18,6 +18,7 @@ from lightning_feat.joints.clip.hooks import (
     Hook,
     HookHandle,
     Order,
+    TurnHook,
     calls_on,
     hook_encode_text,
     hook_ids,
@@ -40,6 +41,7 @@ class Places(NamedTuple):
     num_features: int | None
     by_encode_text: bool = False
     after_blocks: tuple[nn.Module, Literal["input", "output"]] | None = None  # all tokens pass here, to be pooled
+    turned_after: int | None = None  # tokens that attention turns by their places are those after as many; None: none
     entrance: nn.Module | None = None  # gets the ids of whole texts, and gives what is read from them
     longest: int | None = None  # text in tokens, where it need not have this length
 
@@ -168,14 +170,19 @@ class ImageTower(_Tower):
 
     kind = "image"
 
-    def on_embeddings(self, hook: Call, slots: int = 0, words: MutableSequence[int] | None = None) -> HookHandle:
+    def on_embeddings(
+        self, hook: Call, slots: int = 0, words: MutableSequence[int] | None = None
+    ) -> HookHandle | Handles:
         """Call ``hook(tokens)`` on class token and patches with their positions, before the norm ahead of the blocks.
-        ``slots`` and ``words`` matter to the text tower only.
+        Tokens that it adds are turned by no attention. ``slots`` and ``words`` matter to the text tower only.
         """
         root, norm = self._places.root, self._places.embedding
-        if norm is None:
-            return hook_input(root, self.blocks[0], Hook(hook, self._order))
-        return hook_input(root, norm, Hook(hook, self._order, enters=True))
+        before = norm is not None
+        tokens = hook_input(root, norm or self.blocks[0], Hook(hook, self._order, enters=before))
+        if self._places.turned_after is None:
+            return tokens
+        turns = [hook_input(root, block, TurnHook(self._places.turned_after)) for block in self.blocks]
+        return Handles([tokens, *turns])
 
     def after_blocks(self, hook: Call) -> HookHandle | None:
         """Call ``hook(tokens)`` after the last block, where all tokens go on to be pooled; None where the feature is

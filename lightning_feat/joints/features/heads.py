@@ -50,7 +50,8 @@ def find_classifier(module: nn.Module, argument: str = "layer") -> Named:
     if not candidates:
         candidates = [(name, part) for name, part in every if _is_own_kind(part)]
         linear = [(name, part) for name, part in every if not isinstance(part, _CONVOLUTIONS)]
-        candidates = candidates or linear
+        embeds = len(linear) == 1 and _feeds_blocks(module, linear[0])
+        candidates = candidates or ([] if embeds else linear)
     if len(candidates) == 1:
         return candidates[0]
     ran = last_of_forward(module)
@@ -159,7 +160,15 @@ def _timm_classifiers(module: nn.Module) -> list[Named]:
                 continue
             heads += [*found] if isinstance(found, (tuple, list, nn.ModuleList)) else [found]
     named = [(name, part) for name, part in module.named_modules() if any(part is head for head in heads)]
-    return [head for name, part in named for head in _last_head(name, part)]
+    return [head for name, part in named for head in _beside_each_other(name, part) or _last_head(name, part)]
+
+
+def _beside_each_other(name: str, part: nn.Module) -> list[Named]:
+    """The heads of a container, as RepViT's, that all make the same classes, and of which none reads another."""
+    heads = [] if isinstance(part, nn.Sequential) else _heads_in(name, part)
+    sizes = [head_sizes(head) for _, head in heads]
+    alike = len({classes for _, classes in sizes}) == 1 and not any(width == sizes[0][1] for width, _ in sizes)
+    return heads if len(heads) > 1 and alike else []
 
 
 def _by_name(parts: list[Named]) -> list[Named]:
@@ -236,6 +245,18 @@ def _ends_in_head(part: nn.Module) -> bool:
     while isinstance(part, nn.Sequential) and len(part):
         part = part[-1]
     return _is_head(part)
+
+
+def _feeds_blocks(module: nn.Module, found: Named) -> bool:
+    """Whether repeated blocks with weights stand after this layer: then it embeds their inputs."""
+    seen = False
+    for _, part in module.named_modules():
+        seen = seen or part is found[1]
+        if seen and isinstance(part, (nn.ModuleList, nn.Sequential)):
+            blocks = [type(child) for child in part if any(p.ndim > 1 for p in child.parameters())]
+            if len(blocks) > len({*blocks}):
+                return True
+    return False
 
 
 def _plain(name: str) -> str:

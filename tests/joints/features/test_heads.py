@@ -3,7 +3,7 @@ import timm
 import torch
 from torch import nn
 
-from lightning_feat.joints.features.heads import find_classifier, replace_layer
+from lightning_feat.joints.features.heads import find_classifier, find_heads, replace_layer
 from lightning_feat.layers import GrassmannLinear, SimplexETF
 from tests.helpers import Plain
 
@@ -139,3 +139,43 @@ def test_the_last_layer_of_a_perceptron_in_pieces_is_possible():
 def test_the_question_names_the_argument_and_convolutions():
     with pytest.raises(ValueError, match=r"a \(Conv2d\), b \(Conv2d\). .* \(argument `classifier`\)"):
         find_classifier(Holder(a=nn.Conv2d(1, 2, 3), b=nn.Conv2d(2, 3, 3)), "classifier")
+
+
+class Both(nn.Module):
+    """A container of two heads beside each other, as RepViT's, or of two of which one reads the other."""
+
+    def __init__(self, width=8, hidden=3):
+        super().__init__()
+        self.head, self.head_dist = nn.Linear(width, hidden), nn.Linear(hidden if hidden != 3 else width, 3)
+
+
+class ByTimm(nn.Module):
+    def __init__(self, **sizes):
+        super().__init__()
+        self.body, self.out = nn.Linear(4, 8), Both(**sizes)
+
+    def get_classifier(self):
+        return self.out
+
+
+def test_heads_beside_each_other_in_one_container_are_found_together():
+    assert [name for name, _ in find_heads(ByTimm())] == ["out.head", "out.head_dist"]
+    with pytest.raises(ValueError, match="several layers"):
+        find_classifier(ByTimm())
+    assert find_classifier(ByTimm(hidden=5))[0] == "out.head_dist"
+
+
+def test_what_embeds_the_inputs_of_blocks_is_no_classifier_though_it_is_the_only_linear():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(8, 8))
+
+    class Encoder(nn.Module):
+        def __init__(self, blocks):
+            super().__init__()
+            self.project, self.blocks = nn.Linear(4, 8), nn.ModuleList(blocks)
+
+    with pytest.raises(ValueError, match="no layer that is plainly the classifier"):
+        find_classifier(Encoder([Own(), Own()]))
+    assert find_classifier(Encoder([nn.ReLU(), nn.ReLU()]))[0] == "project"
