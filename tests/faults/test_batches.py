@@ -120,9 +120,9 @@ EXPECTED = {
     "one class": [*[RUNS] * 7, *[FINITE] * 6, RUNS, FINITE, FINITE, RUNS],
     "a class never appears": [*[FINITE] * 7, *[FINITE] * 6, RUNS, FINITE, FINITE, RUNS],
     "label too large": [*[LARGE] * 5, FINITE, FINITE, LARGE, LARGE, FINITE, LARGE, FINITE, FINITE, RUNS, TO_SEVEN,
-                        TO_SEVEN, LARGE],
+                        TO_SEVEN, TO_SEVEN],
     "label below zero": [*[NEGATIVE] * 5, FINITE, FINITE, NEGATIVE, NEGATIVE, FINITE, NEGATIVE, FINITE, FINITE, RUNS,
-                         FROM_MINUS, FROM_MINUS, NEGATIVE],
+                         FROM_MINUS, FROM_MINUS, FROM_MINUS],
     "zero width": [NO_FEATURES, NO_FEATURES, SUBSPACE, SUBSPACE, RUNS, RUNS, MORE_OUTPUTS, NO_ROOM, NO_ROOM, FINITE,
                    FINITE, RUNS, FINITE, RUNS, FINITE, FINITE, RUNS],
 }  # fmt: skip

@@ -13,9 +13,8 @@ from lightning_feat.callbacks.reports.figures import folder_for_figures, publish
 from lightning_feat.functional.common.looks import without_looking
 from lightning_feat.joints.arguments import checked
 from lightning_feat.joints.data.epoch_ends import EpochEnds, MeasuresAtEpochEnds
-from lightning_feat.joints.data.passes import clean_loader, try_first_batch
 from lightning_feat.joints.data.processes import full_tensor, repeated_rows
-from lightning_feat.joints.data.shared_pass import read_clean
+from lightning_feat.joints.data.shared_pass import read_clean, try_reading
 from lightning_feat.joints.data.ways import Forward, Ways
 from lightning_feat.joints.features.at_once import try_all
 from lightning_feat.joints.features.batches import TargetKey, class_indices, mask_of, targets_of
@@ -168,13 +167,12 @@ class GrassmannMonitor(MeasuresAtEpochEnds):
         if self.mode == "exact" and self._tap is not None:  # what is wrong with data or network is said now
             ((name, loader),) = self._loader(trainer).items()
             if loader is not None or name == "training":
-                try_first_batch(trainer, pl_module, clean_loader(trainer, loader, name), name, self.ways, [self._tap])
+                try_reading(trainer, pl_module, self, name, loader)
+                self._begin_epoch()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._listens = self.mode == "online" and self._is_due(trainer)
-        self._heard = torch.zeros(())
-        for metric in self._metrics():
-            metric.reset()
+        self._begin_epoch()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._listens and self._tap is not None:
@@ -277,6 +275,11 @@ class GrassmannMonitor(MeasuresAtEpochEnds):
             left_out |= ~mask.to(features.device).flatten()
         self._heard = self._heard.to(left_out.device) + (~left_out).sum()
         return features, targets.masked_fill(left_out, 0), left_out
+
+    def _begin_epoch(self) -> None:
+        self._heard = torch.zeros(())
+        for metric in self._metrics():
+            metric.reset()
 
     def _lost(self, trainer: Trainer, lost: Tensor) -> tuple[float, float]:
         """Over all processes, samples that were left out, and all that were heard."""

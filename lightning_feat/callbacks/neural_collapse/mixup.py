@@ -15,9 +15,9 @@ from lightning_feat.functional.common.class_sums import ClassSums, class_sums, e
 from lightning_feat.functional.neural_collapse.mixup import MixSums, draw_pairs, mix_measures, mix_sums
 from lightning_feat.joints.arguments import checked
 from lightning_feat.joints.data.epoch_ends import EpochEnds, MeasuresAtEpochEnds
-from lightning_feat.joints.data.passes import clean_batches, clean_loader, hear, loader_like, try_first_batch
+from lightning_feat.joints.data.passes import clean_batches, clean_loader, hear, loader_like
 from lightning_feat.joints.data.processes import full_tensor
-from lightning_feat.joints.data.shared_pass import Again, read_clean
+from lightning_feat.joints.data.shared_pass import Again, read_clean, try_reading
 from lightning_feat.joints.data.trace import without_trace
 from lightning_feat.joints.data.ways import Forward, Ways, forward_inputs
 from lightning_feat.joints.features.batches import TargetKey, class_indices, inputs_of, targets_of
@@ -120,7 +120,7 @@ class MixupGeometryMonitor(MeasuresAtEpochEnds):
                 for batch in itertools.islice(clean_batches(trainer, pl_module, clean), 1):
                     _mixable(batch)
                     self._classes(batch, targets_of(batch, self.target_key).numel())
-            try_first_batch(trainer, pl_module, clean, self.data, self.ways, [self.inputs, self.outputs])
+            try_reading(trainer, pl_module, self, self.data, self._loader(trainer))
 
     def wanted(self, trainer: Trainer) -> dict[str, Any]:
         return {self.data: self._loader(trainer)} if self.ends.is_due(trainer) else {}

@@ -14,9 +14,8 @@ from lightning_feat.functional.common.looks import without_looking
 from lightning_feat.functional.grassmann import orthonormality_error
 from lightning_feat.joints.arguments import checked
 from lightning_feat.joints.data.epoch_ends import EpochEnds, MeasuresAtEpochEnds
-from lightning_feat.joints.data.passes import clean_loader, try_first_batch
 from lightning_feat.joints.data.processes import repeated_rows
-from lightning_feat.joints.data.shared_pass import read_clean
+from lightning_feat.joints.data.shared_pass import read_clean, try_reading
 from lightning_feat.joints.data.ways import Forward, Ways
 from lightning_feat.joints.features.batches import TargetKey, targets_of
 from lightning_feat.joints.features.labelled_taps import LabelledTaps
@@ -198,8 +197,7 @@ class NeuralCollapseMonitor(MeasuresAtEpochEnds):
         if self.mode == "exact":  # what is wrong with the data, or with how the network is run, is said now
             for name, loader in self._loaders(trainer).items():
                 if loader is not None or name == "training":
-                    clean = clean_loader(trainer, loader, name)
-                    try_first_batch(trainer, pl_module, clean, name, self.ways, self.taps.taps)
+                    try_reading(trainer, pl_module, self, name, loader, self.taps.taps)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for metric in self._online.values():

@@ -8,9 +8,8 @@ from torch import Tensor, nn
 from lightning_feat.functional.neural_collapse.regression import nrc1, nrc2, nrc3, nrc3_best_gamma, target_covariance
 from lightning_feat.joints.arguments import checked
 from lightning_feat.joints.data.epoch_ends import EpochEnds, MeasuresAtEpochEnds
-from lightning_feat.joints.data.passes import clean_loader, try_first_batch
 from lightning_feat.joints.data.processes import full_tensor, gather_samples
-from lightning_feat.joints.data.shared_pass import Again, read_clean
+from lightning_feat.joints.data.shared_pass import Again, read_clean, try_reading
 from lightning_feat.joints.data.ways import Forward, Ways
 from lightning_feat.joints.features.batches import TargetKey, targets_of
 from lightning_feat.joints.features.nonfinite import NonfiniteWatch
@@ -88,8 +87,7 @@ class RegressionCollapseMonitor(MeasuresAtEpochEnds):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for name, loader in self._loader(trainer).items():  # what is wrong with data or network is said now
             if loader is not None or name == "training":
-                clean = clean_loader(trainer, loader, name)
-                try_first_batch(trainer, pl_module, clean, name, self.ways, [self.tap])
+                try_reading(trainer, pl_module, self, name, loader)
 
     def wanted(self, trainer: Trainer) -> dict[str, Any]:
         return self._loader(trainer) if self.ends.is_due(trainer) else {}

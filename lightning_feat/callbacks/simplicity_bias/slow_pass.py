@@ -98,8 +98,9 @@ class SlowPass:
             return
         with without_trace(trainer, module):
             way = self.ways.find(trainer, module, batch, "training", taps)
-            rows = len(hear(trainer, module, batch, taps, way)[0])
-        self._refuse_missing(rows, min(loader.batch_size or 1, len(loader.dataset)))  # type: ignore[arg-type]
+            logits, features = (heard.float() for heard in hear(trainer, module, batch, taps, way))
+            self._refuse_missing(len(logits), min(loader.batch_size or 1, len(loader.dataset)))  # type: ignore[arg-type]
+            self._looked(batch, logits, features)
 
     def remove(self) -> None:
         """Take the hooks away."""
@@ -158,22 +159,25 @@ class SlowPass:
                 taps = [self.logits, self.features]
                 way = self.ways.find(trainer, module, batch, "training", taps)
                 logits, features = (heard.float() for heard in hear(trainer, module, batch, taps, way))
-                found = class_indices(targets_of(batch, self.target_key), len(logits), "the targets").to(logits.device)
-                if len(found) and (found.min() < 0 or found.max() >= logits.shape[1]):
-                    raise ValueError(
-                        f"targets go from {int(found.min())} to {int(found.max())}, but there are {logits.shape[1]} "
-                        "logits: every training example needs a class of its own."
-                    )
-                outputs = {"logits": logits, "probabilities": logits.softmax(1), "features": features}[self.outputs]
-                losses = losses_of_each(logits, found, self.criterion)
-                kept = outputs.half() if self.half else outputs
-                parts.append(Looked(*(t.cpu() for t in (kept, losses.float(), misclassified(logits, found), found))))
+                parts.append(self._looked(batch, logits, features))
                 self.num_classes = logits.shape[1]
                 progress.step()
         if not parts:
             nothing = torch.zeros(0)
             return Looked(torch.zeros(0, 1), nothing, nothing.bool(), nothing.long())
         return Looked(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+    def _looked(self, batch: Any, logits: Tensor, features: Tensor) -> Looked:
+        found = class_indices(targets_of(batch, self.target_key), len(logits), "the targets").to(logits.device)
+        if len(found) and (found.min() < 0 or found.max() >= logits.shape[1]):
+            raise ValueError(
+                f"targets go from {int(found.min())} to {int(found.max())}, but there are {logits.shape[1]} "
+                "logits: every training example needs a class of its own."
+            )
+        outputs = {"logits": logits, "probabilities": logits.softmax(1), "features": features}[self.outputs]
+        losses = losses_of_each(logits, found, self.criterion)
+        kept = outputs.half() if self.half else outputs
+        return Looked(*(t.cpu() for t in (kept, losses.float(), misclassified(logits, found), found)))
 
     def _chosen(self, rows: Looked, device: torch.device, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         """Of the rows: which are slow, their clusters, and the losses of these."""

@@ -50,7 +50,7 @@ def check_target_range(targets: Tensor, num_classes: int) -> None:
     if smallest < 0:
         raise ValueError(
             f"a target is {smallest}, targets are class indices from 0 to num_classes - 1 = {num_classes - 1}: "
-            f"leave out the samples that carry a marker for 'no label'."
+            f"leave out the samples that carry a marker for 'no label' (of a callback: ignore_index={smallest})."
         )
 
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from lightning_feat.joints.data.passes import clean_loader, try_first_batch
 from lightning_feat.joints.data.processes import gather_samples
-from lightning_feat.joints.data.shared_pass import Again
+from lightning_feat.joints.data.shared_pass import Again, take_first
 from lightning_feat.joints.data.ways import Ways
 from lightning_feat.joints.features.batches import TargetKey, class_indices, mask_of, targets_of
 from lightning_feat.joints.features.taps import FeatureTap
@@ -112,6 +112,4 @@ def try_parts(
         batch = try_first_batch(
             trainer, module, clean_loader(trainer, loader, name), name, reader.ways, [reader.tap], foreign
         )
-        if batch is not None:
-            targets = targets_of(batch, reader.target_key)
-            class_indices(targets, targets.numel(), f"the targets for layer {reader.tap.label}")
+        take_first(trainer, module, Samples("", trainer, module, reader), batch, reader.ways, name)

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from lightning_feat.joints.data.pass_progress import PassProgress, pass_progress
-from lightning_feat.joints.data.passes import clean_batches, clean_loader, run_forward
+from lightning_feat.joints.data.passes import clean_batches, clean_loader, run_forward, try_first_batch
 from lightning_feat.joints.data.trace import without_trace
 from lightning_feat.joints.data.ways import Ways
 from lightning_feat.joints.features.taps import FeatureTap
@@ -89,6 +89,53 @@ def read_clean(trainer: Trainer, module: LightningModule, reader: Reader, name: 
         for (member, its_name), reading in zip(members, readings, strict=True):
             waiting[id(member), its_name] = epoch, now, reading
     return waiting.pop(key)[2]
+
+
+def try_reading(
+    trainer: Trainer,
+    module: LightningModule,
+    reader: Reader,
+    name: str,
+    loader: Any,
+    taps: Sequence[FeatureTap] | None = None,
+) -> Any:
+    """Read the first batch as a pass will, without a trace, in ``on_train_start``: what is wrong with the data, with
+    their targets or with how the network is run is said now, and not after an epoch.
+
+    Args:
+        trainer: of the run.
+        module: the network.
+        reader: the callback.
+        name: of the data, as it calls them.
+        loader: as the Trainer has it.
+        taps: which of those of its reading must hear something; None for all.
+
+    Returns:
+        The batch, as the module gets it; None where this process has no sample.
+    """
+    reading = reader.new_reading(trainer, module, name)
+    clean = clean_loader(trainer, loader, name)
+    batch = try_first_batch(trainer, module, clean, name, reader.ways, reading.taps if taps is None else taps)
+    take_first(trainer, module, reading, batch, reader.ways, name)
+    return batch
+
+
+def take_first(trainer: Trainer, module: LightningModule, reading: Reading, batch: Any, ways: Ways, name: str) -> None:
+    """Let a reading that is thrown away take what ``try_first_batch`` has given."""
+    if batch is None:
+        return
+    with without_trace(trainer, module), isolate_rng():
+        for tap in reading.taps:
+            tap.listen()
+        try:
+            run_forward(trainer, module, batch, ways.of(name))
+            for tap in reading.taps:
+                tap.hold()
+            with _said_of_pass(name):
+                reading.take(batch)
+        finally:
+            for tap in reading.taps:
+                tap.drop()
 
 
 def _others(trainer: Trainer, reader: Reader, name: str, loader: Any) -> list[tuple[Reader, str]]:

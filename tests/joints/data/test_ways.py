@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from lightning_feat.callbacks import (
     FeatureShiftMonitor,
     FeatureShiftRegularizer,
+    FewShotMonitor,
     GrassmannHead,
     GrassmannMonitor,
     LinearProbe,
@@ -317,3 +318,48 @@ def test_several_rows_of_an_example_are_said_before_any_training(tmp_path):
     with pytest.raises(ValueError, match="16 rows of logits came out of a pass in eval mode over 8 training examples"):
         run.fit(NothingButAStep(), loader(), loader(16))
     assert run.global_step == 0
+
+
+class Unlike(Plain):
+    """Trains on labels in a form of its own."""
+
+    def training_step(self, batch, batch_idx):
+        y = batch[1].argmax(1) if batch[1].ndim == 2 else batch[1]
+        return cross_entropy(self(batch[0]), y, ignore_index=-1)
+
+    validation_step = training_step
+
+
+LABELS_OF = {
+    "one-hot": (torch.nn.functional.one_hot(LABELS, 3), "look like one-hot labels"),
+    "a marker": (LABELS.where(torch.arange(32) % 4 > 0, torch.tensor(-1)), r"-1, .*ignore_index=-1|go from -1 to 2"),
+}
+READERS = {name: make for name, make in MONITORS.items() if not name.startswith("shift")}
+READERS |= {"probe": lambda: LinearProbe(penalties=[0.1]), "few shots": FewShotMonitor}
+TAKES_A_MARKER = ("probe", "few shots")  # what is below zero has no class
+
+
+@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("form", LABELS_OF)
+def test_labels_that_a_pass_cannot_read_are_said_before_any_training(tmp_path, name, form):
+    labels, said = LABELS_OF[form]
+    data = DataLoader(TensorDataset(points().tensors[0], labels), batch_size=8)
+    made = READERS[name]()
+    run = trainer(tmp_path, callbacks=made if isinstance(made, list) else [made], max_epochs=2)
+    if form == "a marker" and name in TAKES_A_MARKER:
+        run.fit(Unlike(), data, data)
+        return
+    with pytest.raises(ValueError, match=re.compile(said, re.DOTALL)):
+        run.fit(Unlike(), data, data)
+    assert run.global_step == 0
+
+
+def test_what_is_tried_before_training_is_in_no_number(tmp_path):
+    monitor, heard = GrassmannMonitor(mode="exact"), []
+
+    class Looks(pl.Callback):
+        def on_train_start(self, trainer, pl_module):  # an epoch resumed in its middle resets nothing
+            heard.append(float(monitor._heard))
+
+    trainer(tmp_path, callbacks=[GrassmannHead(2), monitor, Looks()]).fit(Plain(), loader(), loader(16))
+    assert heard == [0.0]
