@@ -63,6 +63,7 @@ CALLBACKS = [
     Entry("LinearProbe (every epoch)", lambda _: [ours.LinearProbe(every_n_epochs=1)]),
     Entry("ClassNormRealignment", lambda _: [ours.ClassNormRealignment()]),
     Entry("FewShotMonitor (every epoch)", lambda _: [ours.FewShotMonitor(every_n_epochs=1)]),
+    Entry("FeatureReport (page)", lambda _: [ours.FeatureReport()]),
     Entry("FeatureRegularizer", lambda _: [ours.FeatureRegularizer(spread, "spread", 1e-3)]),
     Entry("FeatureShiftMonitor (4 layers)", lambda _: [ours.FeatureShiftMonitor(LAYERS)]),
     Entry("FeatureShiftRegularizer (live)", lambda _: [ours.FeatureShiftRegularizer(LAYERS)]),

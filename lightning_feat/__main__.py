@@ -1,6 +1,7 @@
 """The command line: ``lightning-feat fit --config FILE``, which is LightningCLI with recipes that can be found by
-name, ``lightning-feat doctor --config FILE``, which tries the same run for a moment and says what is wrong, and
-``lightning-feat compare``, which runs it in several arms and says how they differ.
+name, ``lightning-feat doctor --config FILE``, which tries the same run for a moment and says what is wrong,
+``lightning-feat compare``, which runs it in several arms and says how they differ, and ``lightning-feat report``, which
+writes a page about the features of a checkpoint.
 """
 
 import difflib
@@ -14,6 +15,7 @@ SUBCOMMANDS = {
     "test": "one pass over the test data",
     "predict": "one pass over the data to predict for",
     "doctor": "try the same run as fit for a moment, and say what is wrong with it",
+    "report": "write one page about the features of a checkpoint",
     "compare": "fit in several arms with the same seeds, and say how much they differ",
 }
 _HELP = """usage: lightning-feat SUBCOMMAND --config FILE [options]
@@ -106,6 +108,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from lightning_feat.compare.command import run_compare
 
         sys.exit(run_compare(given[1:]))
+    if given[0] == "report":
+        from lightning_feat.report.command import run_report
+
+        sys.exit(run_report(given[1:]))
     from lightning.pytorch.cli import LightningCLI
 
     if arguments is not None:

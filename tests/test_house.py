@@ -37,11 +37,12 @@ BELOW = {  # what of ours each room may import, beside itself
     "joints/data": {"joints/features", "joints/module", "joints/run", "functional"},
     "joints/clip": {"joints/features"},
     "joints/reference": {"joints/features", "joints/data", "joints/clip", "functional"},
-    "callbacks": {"functional", "metrics", "layers", "optim", "data", "joints"},
+    "report": {"functional", "joints"},
+    "callbacks": {"functional", "metrics", "layers", "optim", "data", "joints", "report"},
     "mixins": {"callbacks", "joints"},
     "doctor": {"callbacks", "functional", "joints"},
     "compare": {"callbacks"},
-    "__main__": {"doctor", "compare"},
+    "__main__": {"doctor", "compare", "report"},
 }
 ACROSS = {  # which family's callbacks use those of another
     "simplicity_bias": {"data_plan"},

@@ -19,7 +19,7 @@ from lightning_feat.callbacks.neural_collapse import (
     SimplexETFHead,
     realign_classifier,
 )
-from lightning_feat.callbacks.reports import CurvePlotter, MetricHistory, Panel, SummaryTable
+from lightning_feat.callbacks.reports import CurvePlotter, FeatureReport, MetricHistory, Panel, SummaryTable
 from lightning_feat.callbacks.simplicity_bias import (
     DistributionalSimplicityMonitor,
     FeatureRelianceMonitor,
@@ -41,6 +41,7 @@ __all__ = [
     "DotRegressionRegularizer",
     "FeatureRegularizer",
     "FeatureRelianceMonitor",
+    "FeatureReport",
     "FeatureShiftMonitor",
     "FeatureShiftRegularizer",
     "FewShotMonitor",

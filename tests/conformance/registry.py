@@ -354,6 +354,7 @@ CALLBACKS = [
     ),
     Entry("CurvePlotter", "plotter", {"filename": "curves.svg"}),
     Entry("SummaryTable", "plotter"),
+    Entry("FeatureReport", "plotter", {"every_n_epochs": 1}, refuses=EXACT),
 ]
 
 
@@ -370,7 +371,7 @@ def company(entry: Entry) -> Entry:
     grassmann = ["GrassmannHead", "GrassmannMonitor", "NeuralCollapseMonitor (exact)"]
     heads = simplex if entry.name in [*simplex, "NeuralCollapseMonitor (online)"] else grassmann
     others = ["FeatureRegularizer", "NeuralCollapseRegularizer", "LinearProbe", "FewShotMonitor"]
-    others += ["DataPlan", "CurvePlotter"]
+    others += ["DataPlan", "CurvePlotter", "FeatureReport"]
     members = [by_name[name] for name in [*heads, *others]]
     last = by_name["SummaryTable"]
     epochs = max(member.epochs for member in members)

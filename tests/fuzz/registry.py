@@ -256,6 +256,7 @@ CASES: dict[str, Case] = {
     "neural_collapse.ce_nonnegative_collapse_count": Case(lambda w: (w.num_samples, w.num_classes, *_decays(w))),
     "neural_collapse.ce_frame": Case(lambda w: (w.counts(), 1e-2, 1e-2)),
     "neural_collapse.ce_merge_count": Case(lambda w: (w.num_samples, *_decays(w))),
+    "neural_collapse.seli_vectors": Case(lambda w: (w.counts(),)),
     "neural_collapse.seli_grams": Case(lambda w: (w.counts(),)),
     "neural_collapse.minority_cosine": Case(
         lambda w: (w.vectors(), torch.arange(w.num_classes) < 2), degree=0, gradient=True
@@ -506,6 +507,13 @@ CASES: dict[str, Case] = {
     ),
     "simplicity_bias.useful_indices": F32(lambda w: (w.features(), w.losses(), w.targets()), degree=0),
     "transfer.few_shot_error": Case(lambda w: (*_features(w)[:2], 1, 3), _generator, degree=0),
+    "neural_collapse.effective_rank": Case(lambda w: (w.weights(),), degree=0),
+    "transfer.nearest_neighbours": F32(lambda w: (w.features(), 3), degree=0),
+    "transfer.neighbour_accuracy": Case(
+        lambda w: (torch.arange(w.num_samples)[:, None], w.targets()), samples="nothing"
+    ),
+    "common.principal_coordinates": Case(lambda w: (w.features(),)),
+    "common.similarity_order": Case(lambda w: (torch.eye(w.num_classes),)),
     "transfer.few_shot_error_bound": Case(lambda w: (w.totals(), 5), degree=0, samples="nothing", gradient=True),
 }
 
@@ -521,6 +529,7 @@ STILL_FIT: dict[str, dict[int, set[str]]] = {
     "neural_collapse.ce_nonnegative_frame": {0: _COUNTS},
     "neural_collapse.free_features": {1: _ROWS},
     "neural_collapse.mse_orthogonal_frame": {0: _COUNTS},
+    "neural_collapse.seli_vectors": {0: _COUNTS},
     "neural_collapse.seli_grams": {0: _COUNTS},
     "neural_collapse.balanced_lengths": {0: _COUNTS | {"below"}},
     "neural_collapse.cut_gradient": {0: _VECTORS | {"scalar"}},

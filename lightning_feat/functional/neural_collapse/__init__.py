@@ -49,6 +49,7 @@ from lightning_feat.functional.neural_collapse.geometry import (
     mse_orthogonal_frame,
     orthogonal_frame_error,
     seli_grams,
+    seli_vectors,
 )
 from lightning_feat.functional.neural_collapse.kept_features import KeptOptimum, kept_features_optimum
 from lightning_feat.functional.neural_collapse.losses import (
@@ -115,6 +116,7 @@ from lightning_feat.functional.neural_collapse.variability import (
     cdnv_worst_pair,
     class_distance_normalized_variance,
     covariance_spectrum,
+    effective_rank,
     nc1_pinv,
     nc1_pinv_over_k,
     nc1_projected_over_k,
@@ -167,6 +169,7 @@ __all__ = [
     "directions",
     "dot_regression",
     "draw_pairs",
+    "effective_rank",
     "explained_variance_ratio",
     "feature_mean",
     "free_features",
@@ -228,6 +231,7 @@ __all__ = [
     "scale_gradient",
     "second_moment",
     "seli_grams",
+    "seli_vectors",
     "simplex_gram",
     "simplex_prototypes",
     "sparse_simplex_prototypes",

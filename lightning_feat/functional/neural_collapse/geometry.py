@@ -209,13 +209,27 @@ def seli_grams(counts: Tensor) -> tuple[Tensor, Tensor]:
     Compare with :func:`~lightning_feat.functional.neural_collapse.gram_error`; at finite decay the geometry differs,
     and with unequal classes it is reached slowly. Source: Thrampoulidis et al., "Imbalance trouble", NeurIPS 2022.
     """
+    weight_CR, mean_CR = seli_vectors(counts)
+    return weight_CR @ weight_CR.T, mean_CR @ mean_CR.T
+
+
+def seli_vectors(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of the classifier and class means ``(C, C - 1)`` that have the Gram matrices of :func:`seli_grams`, up to
+    scale and one rotation of both; their products are the logits, the same as those of a simplex.
+
+    Example:
+        >>> weight, mean = seli_vectors(torch.tensor([30, 30, 30]))
+        >>> (weight @ mean.T).round(decimals=3)
+        tensor([[ 0.6670, -0.3330, -0.3330],
+                [-0.3330,  0.6670, -0.3330],
+                [-0.3330, -0.3330,  0.6670]], dtype=torch.float64)
+    """
     n_C = _checked_counts(counts, 1.0)
     centering = simplex_gram(len(n_C), n_C.device)
     # Z = (I - 1/C) Y has Z Z^T = (I - 1/C) diag(counts) (I - 1/C) = V L^2 V^T, with one zero eigenvalue, that of ones.
     value_C, vector_CC = torch.linalg.eigh(centering @ torch.diag(n_C) @ centering)
     root_R, vector_CR = value_C[1:].sqrt(), vector_CC[:, 1:]
-    weight_gram: Tensor = (vector_CR * root_R) @ vector_CR.T
-    return weight_gram, centering @ ((vector_CR / root_R) @ vector_CR.T) @ centering
+    return vector_CR * root_R.sqrt(), centering @ (vector_CR / root_R.sqrt())
 
 
 def minority_cosine(vectors: Tensor, minority: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from lightning_feat.functional.transfer.class_separation import (
     within_class_variability,
 )
 from lightning_feat.functional.transfer.few_shot import FewShotError, few_shot_error, few_shot_error_bound
+from lightning_feat.functional.transfer.neighbours import nearest_neighbours, neighbour_accuracy
 from lightning_feat.functional.transfer.probe import (
     LinearProbeResult,
     LogisticRegression,
@@ -33,6 +34,8 @@ __all__ = [
     "fit_logistic_regression",
     "hold_out",
     "linear_probe",
+    "nearest_neighbours",
+    "neighbour_accuracy",
     "pair_angle_sums",
     "sample_of_each_class",
     "within_class_variability",

@@ -1,0 +1,1 @@
+"""The panels of a page: each makes numbers by ``functional`` and says how they are drawn."""
