@@ -128,9 +128,9 @@ def _from_file(own: argparse.Namespace) -> Any:
 
 
 def _from_checkpoints(own: argparse.Namespace, rest: Sequence[str]) -> Any:
-    from lightning_feat.report.checkpoints import Question, collect_checkpoints
-    from lightning_feat.report.collect import Budget
-    from lightning_feat.report.ears import Ears
+    from lightning_feat.report.collecting.checkpoints import Question, collect_checkpoints
+    from lightning_feat.report.collecting.collect import Budget
+    from lightning_feat.report.collecting.ears import Ears
     from lightning_feat.report.writing import check_output, write_report
 
     check_output(own.out, own.map, own.max_samples, own.save)

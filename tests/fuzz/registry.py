@@ -520,6 +520,7 @@ CASES: dict[str, Case] = {
 # What may be done to an argument, by its place, so that it is still right: see ``spoiled`` in test_functional.py.
 _VECTORS, _CLASSES, _COUNTS, _ROWS = {"deep", "flat"}, {"beyond", "below"}, {"beyond", "broken"}, {"short"}
 STILL_FIT: dict[str, dict[int, set[str]]] = {
+    "transfer.neighbour_accuracy": {1: _CLASSES},
     "transfer.sample_of_each_class": {0: _CLASSES},
     "common.check_target_range": {0: {"deep", "scalar", "broken"}},
     "common.check_values": {0: {"deep", "flat", "scalar", "broken"}},

@@ -98,7 +98,7 @@ def test_more_samples_than_fit_are_drawn_by_the_seed_and_said(tmp_path):
     rows = [data["rows"]["index"] for _, data in drawn]
     assert rows[0] == rows[1] != rows[2]
     assert len({*rows[0]}) == 20
-    page, data = drawn[0]
+    page, _ = drawn[0]
     assert math.isclose(page.numbers["accuracy"], float((logits.argmax(1) == targets)[rows[0]].double().mean()))
     assert "20 of 60" in body_of(page.path)
     assert any("drawn at random with seed" in note for note in drawn[2][0].notes)

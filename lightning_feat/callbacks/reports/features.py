@@ -23,8 +23,8 @@ from lightning_feat.joints.run.folder import run_folder
 from lightning_feat.joints.run.loggers import send_file
 from lightning_feat.joints.run.spared import run_spared
 from lightning_feat.joints.run.twins import refuse_twin
-from lightning_feat.report.collect import Budget, Collecting, Source, run_pass, source_of
-from lightning_feat.report.ears import Ears
+from lightning_feat.report.collecting.collect import Budget, Collecting, Source, run_pass, source_of
+from lightning_feat.report.collecting.ears import Ears
 from lightning_feat.report.embedding import Map
 from lightning_feat.report.feature_set import FeatureSet
 from lightning_feat.report.learned import Learned

@@ -17,11 +17,11 @@ from lightning_feat.joints.data.shared_pass import Again
 from lightning_feat.joints.data.trace import without_trace
 from lightning_feat.joints.data.ways import Ways
 from lightning_feat.joints.features.taps import FeatureTap
-from lightning_feat.report.budget import chosen_samples, lowest_lots
-from lightning_feat.report.ears import Ears
+from lightning_feat.report.collecting.budget import chosen_samples, lowest_lots
+from lightning_feat.report.collecting.ears import Ears
+from lightning_feat.report.collecting.samples_of import class_names_of, names_of
 from lightning_feat.report.feature_set import TOKENS, FeatureSet, Head, Pictures
 from lightning_feat.report.pictures import as_bytes, pictures_of, tile_side
-from lightning_feat.report.samples_of import class_names_of, names_of
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_feat.joints.data.ways import Ways
-from lightning_feat.report.collect import Budget, Collecting, run_pass, source_of
-from lightning_feat.report.ears import Ears
+from lightning_feat.report.collecting.collect import Budget, Collecting, run_pass, source_of
+from lightning_feat.report.collecting.ears import Ears
 from lightning_feat.report.feature_set import FeatureSet
 from lightning_feat.report.learned import Learned
 
