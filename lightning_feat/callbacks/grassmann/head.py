@@ -22,7 +22,7 @@ from lightning_feat.joints.module.head_swap import (
     heads_of,
     joined,
     note_head,
-    refuse_other_scale,
+    refuse_other_options,
     take_places,
 )
 from lightning_feat.joints.module.own_parameters import in_order, optimizers_in
@@ -176,7 +176,7 @@ class GrassmannHead(Callback):
         names = {name.replace("_orig_mod.", "") for name in checkpoint.get("state_dict", ())}
         for label, head in self.heads(pl_module):
             if trainer.state.fn == TrainerFn.FITTING:
-                refuse_other_scale(checkpoint, label, head, "GrassmannHead")
+                refuse_other_options(checkpoint, label, head, "GrassmannHead")
             if self.fresh_head and names and f"{label}.basis" not in names:
                 begin_head_anew(checkpoint, label, head)
                 rank_zero_warn(

@@ -25,7 +25,7 @@ from lightning_feat.joints.module.head_swap import (
     joined,
     named_or_found,
     note_head,
-    refuse_other_scale,
+    refuse_other_options,
     take_places,
 )
 from lightning_feat.joints.module.own_parameters import optimizers_in
@@ -105,7 +105,7 @@ class SimplexETFHead(Callback):
         names = {name.replace("_orig_mod.", "") for name in checkpoint.get("state_dict", ())}
         for label, head in heads_of(pl_module, self.layer):
             if trainer.state.fn == TrainerFn.FITTING:
-                refuse_other_scale(checkpoint, label, head, "SimplexETFHead")
+                refuse_other_options(checkpoint, label, head, "SimplexETFHead")
             if self.fresh_head and names and f"{label}.prototypes" not in names:
                 begin_head_anew(checkpoint, label, head)
                 rank_zero_warn(f"{label} is fixed now, and the optimizer and its schedule start afresh.")

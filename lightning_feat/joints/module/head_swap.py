@@ -199,19 +199,25 @@ def note_head(checkpoint: dict[str, Any], label: str, head: nn.Module) -> None:
         checkpoint.setdefault(HEADS_KEY, {})[label] = {"kind": type(head).__name__, "options": dict(options)}
 
 
-def refuse_other_scale(checkpoint: Mapping[str, Any], label: str, head: nn.Module, owner: str) -> None:
-    """Raise a ``ValueError`` if a run resumes with a head that was put in for another fixed scale than its
-    checkpoint's, which would stay without a word.
+def refuse_other_options(checkpoint: Mapping[str, Any], label: str, head: nn.Module, owner: str) -> None:
+    """Raise a ``ValueError`` if a run resumes with a head that was put in with other options than its checkpoint's,
+    which would stay without a word; or, of one that learns what the other holds fixed, end in an optimizer's error.
     """
-    options = head.__dict__.get(_OPTIONS)
+    asked: dict[str, Any] = dict(head.__dict__.get(_OPTIONS) or {})
+    noted: dict[str, Any] = checkpoint.get(HEADS_KEY, {}).get(label, {})
+    saved: dict[str, Any] = dict(noted.get("options", {}))
     weights = {name.replace("_orig_mod.", ""): value for name, value in checkpoint.get("state_dict", {}).items()}
-    saved = weights.get(f"{label}.scale")
-    if options is None or saved is None or options.get("learn_scale", False) or _agree(saved, options["scale"]):
-        return
-    raise ValueError(
-        f"the checkpoint has a {type(head).__name__} with scale={_plain(saved)} at {label}, and {owner} asks for "
-        f"scale={options['scale']!r}: set scale={_plain(saved)} to resume the run."
-    )
+    saved["scale"] = weights.get(f"{label}.scale")  # what counts, whoever wrote the checkpoint
+    if asked.get("learn_scale", False) or saved.get("learn_scale", False) or saved["scale"] is None:
+        del saved["scale"]
+    saved.pop("seed", None)  # of what is drawn, as initial weights are: those of the checkpoint go on
+    for option in (option for option in asked if option in saved):
+        if not _agree(saved[option], asked[option]):
+            kind, is_there = noted.get("kind", type(head).__name__), _plain(saved[option])
+            raise ValueError(
+                f"the checkpoint has a {kind} with {option}={is_there} at {label}, and {owner} asks for "
+                f"{option}={asked[option]!r}: set {option}={is_there} to resume the run."
+            )
 
 
 def begin_head_anew(checkpoint: dict[str, Any], label: str, head: nn.Module) -> None:
