@@ -354,7 +354,7 @@ CALLBACKS = [
     ),
     Entry("CurvePlotter", "plotter", {"filename": "curves.svg"}),
     Entry("SummaryTable", "plotter"),
-    Entry("FeatureReport", "plotter", {"every_n_epochs": 1}, refuses=EXACT),
+    Entry("FeatureReport", "plotter", {"every_n_epochs": 1}, refuses={"several validation loaders": ONE_LOADER}),
 ]
 
 
