@@ -109,7 +109,9 @@ def sheet_of(pictures: Pictures, most_bytes: int = _MOST_BYTES) -> Sheet | None:
     tiles = pictures.tiles
     if not len(tiles):
         return None
-    for quality, factor in ((90, 1.0), (75, 1.0), (60, 1.0), (50, 0.75), (40, 0.5), (30, 0.35)):
+    steps = [(90, 1.0), (75, 1.0), (60, 1.0), (50, 0.75), (40, 0.5), (30, 0.35)]
+    large = tiles.numel() > 3 * 2**22  # drawing it takes seconds: not at a quality that would not fit
+    for quality, factor in steps[large:]:
         made, columns, height, width = _drawn(tiles, factor, quality)
         if len(made) <= most_bytes:
             url = f"data:image/webp;base64,{base64.b64encode(made).decode()}"
@@ -131,5 +133,7 @@ def _drawn(tiles: Tensor, factor: float, quality: int) -> tuple[bytes, int, int,
     filled[:count] = tiles
     sheet = filled.view(rows, columns, height, width, 3).transpose(1, 2).reshape(rows * height, columns * width, 3)
     file = io.BytesIO()
-    Image.fromarray(sheet.numpy()).save(file, "WEBP", quality=quality, lossless=count * height * width < 100_000)
+    Image.fromarray(sheet.numpy()).save(
+        file, "WEBP", method=2, quality=quality, lossless=count * height * width < 100_000
+    )
     return file.getvalue(), columns, height, width

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_feat.joints.data.ways import Ways
@@ -157,7 +158,10 @@ def _loader(trainer: Trainer, module: LightningModule, data: Any, name: str) -> 
         data.prepare_data() if trainer.local_rank == 0 else None
         trainer.strategy.barrier("report data")
         data.setup("test" if name == "test" else "fit")
-    made = getattr(holder, f"{name}_dataloader")()
+    try:
+        made = getattr(holder, f"{name}_dataloader")()
+    except (MisconfigurationException, NotImplementedError) as error:
+        raise ValueError(f"the run has no {name} data ({error}): choose others by --data.") from None
     if isinstance(made, (list, tuple)) and len(made) == 1:
         made = made[0]
     return made

@@ -54,7 +54,7 @@ def movement_panel(after: FeatureSet, before: FeatureSet) -> Panel | None:
     whole = {layer: values[ALL][0] for layer, values in found.items()}
     furthest = max(whole, key=lambda layer: whole[layer])
     text = (
-        f"Between {before.source or 'the other checkpoint'} and {after.source or 'this one'} features moved by "
+        f"Between {before.source or 'those before'} and {after.source or 'these'} features moved by "
         + ", ".join(f"{_far(value)} their length in {layer}" for layer, value in whole.items())
         + "."
     )
@@ -67,7 +67,8 @@ def movement_panel(after: FeatureSet, before: FeatureSet) -> Panel | None:
         "movement",
         "How far classes and layers have moved",
         "mean distance of features to those of the other checkpoint, as a share of their mean length there (1 = as far "
-        "as they are long); one axis for all layers. Paths: class means in the plane of all of them.",
+        "as they are long); one axis for all layers. Paths: class means "
+        "from the other checkpoint (ring) to this one (dot), in the plane of all of them.",
         text,
         [_bars(found), *(path for path in paths if path is not None)],
         ["layer", "class", "relative shift (share of length)", "turn (1 - cosine)"],
@@ -154,7 +155,7 @@ def _paths(after: FeatureSet, before: FeatureSet, layer: str) -> dict[str, Any] 
     x2, y2 = {**x, "field": "x2"}, {**y, "field": "y2"}
     tooltip = [{"field": "class"}]
     return {
-        "title": {"text": f"{layer}: from the other checkpoint (ring) to this one (dot)", "fontSize": 12, "limit": 600},
+        "title": {"text": f"{layer}", "fontSize": 12, "limit": 300},
         "width": "container",
         "height": 300,
         "data": {"values": ends},
@@ -168,7 +169,7 @@ def _paths(after: FeatureSet, before: FeatureSet, layer: str) -> dict[str, Any] 
             {"mark": {"type": "point", "filled": True, "size": 75, "opacity": 1}, "encoding": {"x": x2, "y": y2}},
             {
                 "mark": {"type": "text", "dx": 7, "align": "left", "fontSize": 10, "limit": 90, "aria": False},
-                "encoding": {"x": x2, "y": y2, "text": {"field": "class"}},
+                "encoding": {"x": x2, "y": y2, "text": {"field": "class"}, "color": None},
             },
         ],
     }
