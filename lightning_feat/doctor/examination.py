@@ -10,6 +10,7 @@ from lightning_feat.callbacks.neural_collapse.simplex import DotRegressionRegula
 from lightning_feat.doctor.blame import blame, name_of, warning_findings
 from lightning_feat.doctor.checks.before import averaging_before_heads, compiled_before_hooks, search_when_resumed
 from lightning_feat.doctor.checks.trained import check_trial
+from lightning_feat.doctor.checks.two_passes import find_two_passes
 from lightning_feat.doctor.cost import measure_costs
 from lightning_feat.doctor.finding import Finding, in_order
 from lightning_feat.doctor.trial import LEFT_OUT, LedBack, Run, make_trial, without_a_trace
@@ -58,7 +59,7 @@ def doctor(
         raise ValueError(f"batches={batches} must be at least 2: some faults show after the first step.")
     run = Run(trainer, module, train_dataloaders, val_dataloaders, datamodule)
     findings, order = averaging_before_heads(run)
-    findings += compiled_before_hooks(run) + search_when_resumed(run)
+    findings += compiled_before_hooks(run) + search_when_resumed(run) + find_two_passes(run, notes=cost)
     order = [i for i in order if not isinstance(run.callbacks[i], LEFT_OUT)]
     findings += _rehearse(run, order, max(batches, trainer.accumulate_grad_batches + 1), cost)
     if cost and not any(finding.severity == "error" for finding in findings):

@@ -1,4 +1,5 @@
-"""Few images of some classes: what a fixed simplex, dot-regression and collapse regularisation do for small classes.
+"""Few images of some classes: what a fixed simplex, dot-regression, collapse regularisation and a classifier that is
+realigned after training do for small classes.
 
     python recipes/neural_collapse/imbalanced.py [--seeds 10] [--factors 10 100] [--fast]
 
@@ -20,7 +21,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from lightning import Callback, Trainer, seed_everything
@@ -29,13 +30,19 @@ from torch.nn.functional import normalize
 from torch.utils.data import DataLoader
 
 from lightning_feat.baselines import MLPClassifier
-from lightning_feat.callbacks import DotRegressionRegularizer, NeuralCollapseRegularizer, SimplexETFHead
+from lightning_feat.callbacks import (
+    DotRegressionRegularizer,
+    NeuralCollapseRegularizer,
+    SimplexETFHead,
+    realign_classifier,
+)
 from lightning_feat.data.digits import DigitsDataModule, DigitsPart
 from lightning_feat.functional.common.class_sums import class_means, class_sums
 
 NUM_CLASSES, HIDDEN, SMALL = 10, (256, 128), 5  # the small classes are the last five
 # Distinct for all kinds of colour vision; Okabe and Ito, "Color Universal Design", 2008.
-COLOURS = ("#000000", "#0072B2", "#56B4E9", "#009E73", "#D55E00", "#E69F00", "#CC79A7")
+COLOURS = ("#000000", "#0072B2", "#CC79A7", "#7F7F7F", "#56B4E9", "#009E73", "#D55E00", "#E69F00")
+MARKS = "os^vDPX*"  # with the colours, so that a copy in grey can be read
 MEASURES = {  # name, and the factor it is printed with
     "balanced": ("all (%)", 100.0),
     "large": ("large classes (%)", 100.0),
@@ -59,11 +66,14 @@ class Method(NamedTuple):
     push: float = 0.0
     lr_factor: float = 1.0  # of its means
     balanced: bool = False  # images of small classes come as often as those of large ones
+    realigned: Literal["", "lengths", "prior"] = ""  # of the classifier, after training
 
 
 METHODS = {
     "ce": Method("cross-entropy", 0.1),
     "ce-balanced": Method("cross-entropy, classes drawn alike", 0.03, balanced=True),
+    "ce-lengths": Method("cross-entropy, rows realigned after", 0.1, realigned="lengths"),
+    "ce-prior": Method("cross-entropy, prior taken back after", 0.1, realigned="prior"),
     "simplex-ce": Method("fixed simplex, cross-entropy", 0.02, "simplex", scale=10.0),
     "simplex-dr": Method("fixed simplex, dot-regression", 0.1, "simplex", dot_regression=True),
     "simplex-dr-weighted": Method(
@@ -155,6 +165,10 @@ def train(method: Method, task: Task, seed: int, num_steps: int, batch_size: int
         enable_model_summary=False,
     )
     trainer.fit(module, batches_of(task, num_steps, batch_size, seed, method.balanced))
+    if method.realigned == "lengths":
+        realign_classifier(module, "head")
+    elif method.realigned == "prior":
+        realign_classifier(module, "head", power=0.0, frequencies=[1.0] * NUM_CLASSES, train_frequencies=task.counts)
     return module.eval()
 
 
@@ -248,36 +262,44 @@ def draw_figure(runs: Runs, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, grid = plt.subplots(len(runs), 3, figsize=(10, 0.8 + 2.5 * len(runs)), layout="constrained", squeeze=False)
+    rows_of = len(next(iter(runs.values())))
+    height = 0.8 + (0.9 + 0.28 * rows_of) * len(runs)
+    figure, grid = plt.subplots(len(runs), 3, figsize=(11, height), layout="constrained", squeeze=False)
     for (factor, by_method), (classes, gains, angles) in zip(runs.items(), grid, strict=True):
         for place, (name, rows) in enumerate(by_method.items()):
-            style: dict[str, Any] = {"color": COLOURS[place], "fmt": "o", "markersize": 4, "capsize": 2}
+            style: dict[str, Any] = {"color": COLOURS[place], "markersize": 4.5, "capsize": 2, "linewidth": 1.2}
             by_class = [mean_and_half_width([100 * row[f"class {c}"] for row in rows])[0] for c in range(NUM_CLASSES)]
-            classes.plot(range(1, NUM_CLASSES + 1), by_class, "o-", color=COLOURS[place], markersize=4, linewidth=1)
-            label = METHODS[name].title
+            classes.plot(
+                range(1, NUM_CLASSES + 1), by_class, f"{MARKS[place]}-", color=COLOURS[place], markersize=4, linewidth=1
+            )
+            gains.plot(
+                -0.04, place, MARKS[place], color=COLOURS[place], transform=gains.get_yaxis_transform(), clip_on=False
+            )
             if name != "ce":
-                for offset, key, marker in ((-0.15, "large", "^"), (0.15, "small", "v")):
+                for offset, key, marker in ((-0.17, "large", "^"), (0.17, "small", "v")):
                     mean_gain, half_gain = differences(runs, factor, name, key)
-                    gains.errorbar(mean_gain, place + offset, xerr=half_gain, **{**style, "fmt": marker})
-            for offset, key, marker in ((-0.15, "rows", "s"), (0.15, "means", "o")):
+                    gains.errorbar(mean_gain, place + offset, xerr=half_gain, fmt=marker, **style)
+            for offset, key, marker in ((-0.17, "rows", "s"), (0.17, "means", "o")):
                 cosine, width = mean_and_half_width([row[key] for row in rows])
-                angles.errorbar(cosine, place + offset, xerr=width, **{**style, "fmt": marker})
-            angles.plot([], [], color=COLOURS[place], label=label, linewidth=3)
+                angles.errorbar(cosine, place + offset, xerr=width, fmt=marker, **style)
         classes.set_xticks(range(1, NUM_CLASSES + 1))
-        classes.set_ylabel(f"factor {factor:g}\n\naccuracy (%)")
+        classes.set_ylabel("accuracy (%)")
+        classes.set_title(f"smallest class 1/{factor:g} of the largest", loc="left", fontsize=9)
         gains.axvline(0, color="black", linewidth=0.8)
         angles.axvline(-1 / (NUM_CLASSES - 1), color="black", linewidth=0.8, linestyle=":")
+        gains.set_yticks(range(len(by_method)), [METHODS[name].title for name in by_method])
+        gains.tick_params(axis="y", length=0, pad=16)
+        angles.set_yticks([])
         for axis in (gains, angles):
-            axis.set_yticks([])
             axis.set_ylim(len(by_method) - 0.5, -0.5)
         for axis in (classes, gains, angles):
             axis.spines[["top", "right"]].set_visible(False)
             axis.tick_params(labelsize=8)
+    for letter, axis in zip("abcdefghijkl", grid.flat, strict=False):
+        axis.text(0, 1.02, letter, transform=axis.transAxes, fontweight="bold", ha="right", va="bottom")
     grid[-1, 0].set_xlabel("class, largest first")
     grid[-1, 1].set_xlabel("accuracy, minus cross-entropy (points):\n▲ large, ▼ small classes")
     grid[-1, 2].set_xlabel("mean cosine of two small classes:\n■ rows, ● means; dotted: simplex")
-    handles, labels = grid[0, 2].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False, fontsize=9)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

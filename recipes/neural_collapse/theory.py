@@ -29,7 +29,7 @@ from torch.nn.functional import one_hot
 
 from lightning_feat.baselines import UnconstrainedFeatures
 from lightning_feat.functional.common.class_sums import class_means, class_sums
-from lightning_feat.functional.neural_collapse import nc1_quotient
+from lightning_feat.functional.neural_collapse import kept_features_optimum, nc1_quotient
 from lightning_feat.functional.neural_collapse.geometry import (
     ce_frame,
     ce_merge_count,
@@ -344,6 +344,29 @@ def regressions(epochs: int) -> list[Row]:
     return rows
 
 
+def kept(epochs: int) -> list[Row]:
+    """Features that stay near given ones: the distance to the reference solution, and what becomes of their spread."""
+    targets = torch.arange(3).repeat_interleave(torch.tensor([12, 8, 4]))
+    generator = torch.Generator().manual_seed(0)
+    means = torch.randn(3, NUM_FEATURES, generator=generator, dtype=torch.float64)
+    noise = torch.randn(len(targets), NUM_FEATURES, generator=generator, dtype=torch.float64)
+    given, (weight_decay, feature_decay) = means[targets] + 0.5 * noise, (1e-2, 1e-3)
+
+    def spread(features: Tensor) -> float:
+        return float(nc1_quotient(class_sums(features.detach(), targets, 3)))
+
+    rows = []
+    for keep in (1e-4, 1e-3, 1e-2, 1e-1):
+        arguments: dict[str, Any] = {"weight_decay": weight_decay, "feature_decay": feature_decay, "keep_weight": keep}
+        optimum = kept_features_optimum(given, targets, **arguments)
+        module = train(epochs, counts=[12, 8, 4], loss="mse", given=given.tolist(), **arguments)
+        reached = module.features.all().detach()
+        case = f"kept near features of NC1 {spread(given):.3f}, weight {keep:g}"
+        error = relative(reached, optimum.features)
+        rows.append(Row(case, "NC1; features", f"{spread(optimum.features):.5f}", f"{spread(reached):.5f}", error))
+    return rows
+
+
 def table(rows: Sequence[Row]) -> str:
     lines = ["| case | quantity | predicted | reached | relative error |", "|---|---|---|---|---|"]
     last = ""
@@ -441,7 +464,7 @@ def main() -> None:
     for name, threshold in thresholds().items():
         rows += threshold_rows(threshold, sweeps[name])
     more, ratios = vanishing_decay(arguments.epochs, decays)
-    rows += [*more, *regressions(arguments.epochs)]
+    rows += [*more, *regressions(arguments.epochs), *kept(arguments.epochs)]
     taken = time.perf_counter() - began
 
     arguments.out.mkdir(parents=True, exist_ok=True)

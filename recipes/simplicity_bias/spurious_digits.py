@@ -30,7 +30,7 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import MultiStepLR
 
 from lightning_feat.baselines import MLPClassifier
-from lightning_feat.callbacks import DataPlan, SimplicityBiasUpsampler
+from lightning_feat.callbacks import DataPlan, SharpnessAwareMinimization, SimplicityBiasUpsampler
 from lightning_feat.data.spurious_digits import (
     NO_PATCH,
     NUM_CLASSES,
@@ -51,6 +51,7 @@ from lightning_feat.functional.simplicity_bias.reliance import (
 HIDDEN = (128, 64)
 # Distinct for all kinds of colour vision; Okabe and Ito, "Color Universal Design", 2008.
 COLOURS = ("#000000", "#0072B2", "#56B4E9", "#009E73", "#D55E00", "#E69F00", "#CC79A7", "#999999")
+COLOURS += ("#332288", "#117733", "#882255")  # of Paul Tol, for SAM
 MEASURES = {  # name, and the factor it is printed with
     "error": ("test error (%)", 100.0),
     "slow": ("right without help (%)", 100.0),
@@ -86,7 +87,8 @@ SETTINGS = {
 
 class Method(NamedTuple):
     title: str
-    arguments: dict[str, Any] | None  # of the callback
+    arguments: dict[str, Any] | None  # of the upsampler
+    sharpness: dict[str, Any] | None = None  # of SharpnessAwareMinimization
 
 
 METHODS = {
@@ -98,11 +100,17 @@ METHODS = {
     "misclassified": Method("misclassified", {"choose": "misclassified"}),
     "random": Method("random", {"choose": "random"}),
     "oracle": Method("oracle", None),  # those whose patch does not agree
+    # Lengths chosen on validation images, see README.md.
+    "sam": Method("SAM", None, {"rho": 0.1}),
+    "asam": Method("ASAM", None, {"rho": 1.0, "adaptive": True}),
+    "sam-useful": Method("SAM and USEFUL", {}, {"rho": 0.1}),
 }
 ELSEWHERE = ["sgd", "useful", "loss", "random", "oracle"]  # in all settings but the first
 SWEEP = {
     **{f"epoch {t}": Method(f"USEFUL, epoch {t}", {"separating_epoch": t}) for t in (1, 2, 10, 20)},
     "knee": Method("USEFUL, knee", {"separating_epoch": "knee"}),
+    **{f"sam {rho:g}": Method(f"SAM, {rho:g}", None, {"rho": rho}) for rho in (0.02, 0.05, 0.2, 0.5)},
+    **{f"asam {rho:g}": Method(f"ASAM, {rho:g}", None, {"rho": rho, "adaptive": True}) for rho in (0.2, 0.5, 2.0)},
 }
 
 
@@ -182,7 +190,7 @@ def data_of(setting: Setting, seed: int, strength: float | None = None) -> Spuri
 
 
 def train(
-    data: SpuriousDigitsDataModule, callback: Callback, seed: int, epochs: int, lr: float, folder: Path
+    data: SpuriousDigitsDataModule, callbacks: list[Callback], seed: int, epochs: int, lr: float, folder: Path
 ) -> tuple[MLPClassifier, float]:
     """The trained network, and the seconds that it took of the processor, whatever else ran."""
     seed_everything(seed, verbose=False)
@@ -190,7 +198,7 @@ def train(
     trainer = Trainer(
         max_epochs=epochs,
         accelerator="cpu",
-        callbacks=callback,
+        callbacks=callbacks,
         logger=False,
         limit_val_batches=0,
         num_sanity_val_steps=0,
@@ -247,11 +255,13 @@ def run_seed(
     data, alone = data_of(setting, seed), data_of(setting, seed, strength=0.0)
     probe = Probe.of(data, options.split)
     agrees = data.variant("same", options.split).agrees
-    module, _ = train(alone, callback_for("sgd", alone, seed), seed, options.epochs, options.lr, options.out)
+    module, _ = train(alone, [callback_for("sgd", alone, seed)], seed, options.epochs, options.lr, options.out)
     rows = {BEST: measure(best_on(probe, log_posterior_of(module, alone, probe), setting), probe, agrees)}
     for name in methods:
         callback = callback_for(name, data, seed)
-        module, seconds = train(data, callback, seed, options.epochs, options.lr, options.out)
+        sharpness = (METHODS | SWEEP)[name].sharpness
+        callbacks = [callback] if sharpness is None else [callback, SharpnessAwareMinimization(**sharpness)]
+        module, seconds = train(data, callbacks, seed, options.epochs, options.lr, options.out)
         fitted = accuracy(module(images_of(data.train_set)), data.train_set.targets)
         rows[name] = {**measure(network_on(probe, module), probe, agrees), "fitted": float(fitted), "seconds": seconds}
         selection = getattr(callback, "selection", None)
@@ -260,7 +270,8 @@ def run_seed(
             wrong = (data.train_set.targets != data.train_set.clean_targets)[selection.slow].double().mean()
             rows[name] |= {key: float(value) for key, value in quality._asdict().items()}
             rows[name] |= {"wrong": float(wrong), "epoch": selection.epoch}
-        rows[name]["shown"] = examples_shown(callback, rows[name], options.epochs)
+        passes = 1 if sharpness is None else 2
+        rows[name]["shown"] = passes * examples_shown(callback, rows[name], options.epochs)
     return rows
 
 

@@ -121,8 +121,11 @@ def content(part: PatchesPart) -> Content:
 
 
 @torch.no_grad()
-def descend(task: Task, setting: Setting, counts: Tensor | None = None, select: bool = False) -> Run:
-    """Gradient descent on the logistic loss, with each example counted as often as ``counts`` ``(N,)`` say."""
+def descend(task: Task, setting: Setting, counts: Tensor | None = None, select: bool = False, rho: float = 0.0) -> Run:
+    """Gradient descent on the logistic loss, with each example counted as often as ``counts`` ``(N,)`` say.
+
+    By SAM, with perturbations of length ``rho``, where that is not zero.
+    """
     weight_JD = task.weight.clone()
     parts = train, *_ = [content(part) for part in (task.train, task.held_out, task.slow_only)]
     sign_N = 2.0 * task.train.targets - 1
@@ -130,18 +133,27 @@ def descend(task: Task, setting: Setting, counts: Tensor | None = None, select: 
     share_N = weighted_N / weighted_N.sum()
     run = Run([], [], [], [], [], [], [])
     for iteration in range(setting.iterations + 1):
-        answer_MJ = train.answers(weight_JD)
-        margin_N = sign_N * train.outputs(weight_JD, answer_MJ)
+        gradient_JD, margin_N = _gradient(train, weight_JD, sign_N, share_N)
         if iteration % setting.every == 0:
             _record(run, task, parts, weight_JD, margin_N, select)
-        slope_N = -sign_N * (-margin_N).sigmoid() * share_N
-        slope_M1 = slope_N.repeat_interleave(len(train.noise) // len(sign_N))[:, None]
-        gradient_JD = 3 * (answer_MJ.square() * slope_M1).T @ train.noise
-        gradient_JD[:, [SLOW_AXIS, FAST_AXIS]] += (
-            3 * weight_JD[:, [SLOW_AXIS, FAST_AXIS]].square() * (slope_N @ train.features.pow(3))
-        )
+        if rho:
+            worst_JD = weight_JD + rho * gradient_JD / gradient_JD.norm()
+            gradient_JD, _ = _gradient(train, worst_JD, sign_N, share_N)
         weight_JD -= setting.lr * gradient_JD
     return run
+
+
+def _gradient(train: Content, weight_JD: Tensor, sign_N: Tensor, share_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the loss, each example counted by its share; and the margins ``(N,)``."""
+    answer_MJ = train.answers(weight_JD)
+    margin_N = sign_N * train.outputs(weight_JD, answer_MJ)
+    slope_N = -sign_N * (-margin_N).sigmoid() * share_N
+    slope_M1 = slope_N.repeat_interleave(len(train.noise) // len(sign_N))[:, None]
+    gradient_JD = 3 * (answer_MJ.square() * slope_M1).T @ train.noise
+    gradient_JD[:, [SLOW_AXIS, FAST_AXIS]] += (
+        3 * weight_JD[:, [SLOW_AXIS, FAST_AXIS]].square() * (slope_N @ train.features.pow(3))
+    )
+    return gradient_JD, margin_N
 
 
 def _record(run: Run, task: Task, parts: Sequence[Content], weight_JD: Tensor, margin_N: Tensor, select: bool) -> None:
@@ -268,6 +280,26 @@ def train_learnable(seed: int, setting: Setting, num_examples: int) -> Learnable
     return Learnable(plain, slow, other, found, epoch, times)
 
 
+RHOS = (0.0, 0.003, 0.01, 0.03)  # lengths of SAM's perturbation, over a norm of the weights of 0.45 at the start
+BOTH = (0.0, 0.01)  # those that are also run with upsampling, where the slow feature can be learned
+
+
+class Sharp(NamedTuple):
+    """A seed under SAM: training runs by the length of the perturbation, and by whether examples are shown twice."""
+
+    paper: dict[float, Run]
+    learnable: dict[tuple[float, bool], Run]  # twice: those without the fast feature
+
+
+def train_sharp(seed: int, settings: tuple[Setting, Setting], num_examples: int) -> Sharp:
+    task = draw_task(seed, settings[0], num_examples)
+    paper = {rho: descend(task, settings[0], rho=rho) for rho in RHOS}
+    task = draw_task(seed, settings[1], num_examples)
+    counts = {False: None, True: 2 - task.train.has_fast.long()}
+    learnable = {(rho, twice): descend(task, settings[1], counts[twice], rho=rho) for rho in BOTH for twice in counts}
+    return Sharp(paper, learnable)
+
+
 def mean_and_half_width(values: Sequence[float]) -> tuple[float, float]:
     """Mean, and half of the 95 % interval that Student's t gives it; nan for a single value."""
     from scipy.stats import t  # type: ignore[import-untyped]  # comes with scikit-learn
@@ -356,6 +388,41 @@ def learnable_table(runs: Sequence[Learnable], setting: Setting) -> str:
     where = f"Clusters after {min(epochs)} to {max(epochs)} iterations"
     text = f"{where}: precision at least {100 * precision:.1f} %, recall at least {100 * recall:.1f} %."
     return "\n".join([*lines, "", text])
+
+
+def sharp_tables(runs: Sequence[Sharp], settings: tuple[Setting, Setting]) -> str:
+    """When the features are learned, and how far the slow one is at one iteration; medians where some never are."""
+    lines = [
+        f"| perturbation | fast learned at, median | seeds | fast at {settings[0].marks[0]} | slow over fast there |"
+    ]
+    lines += ["|" + "---|" * 5]
+    mark = settings[0].marks[0] // settings[0].every
+    for rho in RHOS:
+        taken = [run.paper[rho] for run in runs]
+        times = [learned(run.fast, settings[0]) for run in taken]
+        where = torch.tensor(times, dtype=torch.float64).median()
+        cells = spreads([[run.fast[mark], run.slow[mark] / run.fast[mark]] for run in taken], (3, 3))
+        reached = sum(math.isfinite(time) for time in times)
+        when = "never" if where.isinf() else f"{where:.0f}"
+        lines.append(f"| {rho:g} | {when} | {reached} of {len(runs)} | {' | '.join(cells)} |")
+    columns = ["fast learned at", "slow learned at", "slow only, mean over the run (%)"]
+    lines += ["", f"| perturbation | shown twice | {' | '.join(columns)} |", "|" + "---|" * 5]
+
+    def measures(run: Run) -> list[float]:
+        times = [learned(values, settings[1]) for values in (run.fast, run.slow)]
+        return [*times, 100 * sum(run.slow_only) / len(run.slow_only)]
+
+    values = {key: [measures(run.learnable[key]) for run in runs] for key in runs[0].learnable}
+    for (rho, twice), rows in values.items():
+        shown = "without fast feature" if twice else "none"
+        lines.append(f"| {rho:g} | {shown} | {' | '.join(spreads(rows, (0, 0, 1)))} |")
+    for (rho, twice), rows in values.items():
+        if (rho, twice) != (0.0, False):
+            gains = [[a - b for a, b in zip(*pair, strict=True)] for pair in zip(rows, values[0.0, False], strict=True)]
+            cells = [interval(gain, places) for gain, places in zip(zip(*gains, strict=True), (0, 0, 1), strict=True)]
+            shown = "without fast feature" if twice else "none"
+            lines.append(f"| {rho:g}, minus the first line | {shown} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def draw(paper: Sequence[Paper], learnable: Sequence[Learnable], settings: tuple[Setting, Setting], path: Path) -> None:
@@ -464,6 +531,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=10, help="draws of data and first weights")
     parser.add_argument("--fast", "--quick", action="store_true", help="two seeds, few iterations: does it run?")
     parser.add_argument("--out", type=Path, default=Path("runs/simplicity_bias_theory"))
+    parser.add_argument("--sam-only", action="store_true", help="only the tables of SAM")
     arguments = parser.parse_args()
     settings, num_examples = (PAPER, LEARNABLE), 2000
     if arguments.fast:
@@ -472,15 +540,18 @@ def main() -> None:
 
     torch.set_num_threads(1)
     began = time.perf_counter()
-    paper = [train_paper(seed, settings[0], num_examples) for seed in range(arguments.seeds)]
-    learnable = [train_learnable(seed, settings[1], num_examples) for seed in range(arguments.seeds)]
-    taken = time.perf_counter() - began
-
+    seeds, parts = range(arguments.seeds), list[str]()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    text = f"{paper_tables(paper, settings[0])}\n\n{learnable_table(learnable, settings[1])}"
+    if not arguments.sam_only:
+        paper = [train_paper(seed, settings[0], num_examples) for seed in seeds]
+        learnable = [train_learnable(seed, settings[1], num_examples) for seed in seeds]
+        parts += [paper_tables(paper, settings[0]), learnable_table(learnable, settings[1])]
+        draw(paper, learnable, settings, arguments.out / "theory.png")
+    parts.append(sharp_tables([train_sharp(seed, settings, num_examples) for seed in seeds], settings))
+    taken = time.perf_counter() - began
+    text = "\n\n".join(parts)
     (arguments.out / "table.md").write_text(text + "\n")
-    draw(paper, learnable, settings, arguments.out / "theory.png")
-    print(f"{text}\n\n{5 * arguments.seeds} runs in {taken:.0f} s; all in {arguments.out}")
+    print(f"{text}\n\n{taken:.0f} s; all in {arguments.out}")
 
 
 if __name__ == "__main__":
