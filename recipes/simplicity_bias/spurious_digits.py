@@ -101,16 +101,16 @@ METHODS = {
     "random": Method("random", {"choose": "random"}),
     "oracle": Method("oracle", None),  # those whose patch does not agree
     # Lengths chosen on validation images, see README.md.
-    "sam": Method("SAM", None, {"rho": 0.1}),
-    "asam": Method("ASAM", None, {"rho": 1.0, "adaptive": True}),
-    "sam-useful": Method("SAM and USEFUL", {}, {"rho": 0.1}),
+    "sam": Method("SAM", None, {"rho": 0.05}),
+    "asam": Method("ASAM", None, {"rho": 0.2, "adaptive": True}),
+    "sam-useful": Method("SAM and USEFUL", {}, {"rho": 0.05}),
 }
 ELSEWHERE = ["sgd", "useful", "loss", "random", "oracle"]  # in all settings but the first
 SWEEP = {
     **{f"epoch {t}": Method(f"USEFUL, epoch {t}", {"separating_epoch": t}) for t in (1, 2, 10, 20)},
     "knee": Method("USEFUL, knee", {"separating_epoch": "knee"}),
-    **{f"sam {rho:g}": Method(f"SAM, {rho:g}", None, {"rho": rho}) for rho in (0.02, 0.05, 0.2, 0.5)},
-    **{f"asam {rho:g}": Method(f"ASAM, {rho:g}", None, {"rho": rho, "adaptive": True}) for rho in (0.2, 0.5, 2.0)},
+    **{f"sam {rho:g}": Method(f"SAM, {rho:g}", None, {"rho": rho}) for rho in (0.01, 0.02, 0.1)},
+    **{f"asam {rho:g}": Method(f"ASAM, {rho:g}", None, {"rho": rho, "adaptive": True}) for rho in (0.05, 0.1, 0.5)},
 }
 
 
