@@ -1,12 +1,16 @@
 """The command line: ``lightning-feat fit --config FILE``, which is LightningCLI with recipes that can be found by
 name, ``lightning-feat doctor --config FILE``, which tries the same run for a moment and says what is wrong,
-``lightning-feat compare``, which runs it in several arms and says how they differ, and ``lightning-feat report``, which
-writes a page about the features of a checkpoint.
+``lightning-feat compare``, which runs it in several arms and says how they differ, ``lightning-feat report``, which
+writes a page about the features of a checkpoint, and ``lightning-feat recipes``, which lists, shows and copies the
+recipes.
 """
 
 import difflib
+import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 SUBCOMMANDS = {
@@ -17,6 +21,7 @@ SUBCOMMANDS = {
     "doctor": "try the same run as fit for a moment, and say what is wrong with it",
     "report": "write one page about the features of a checkpoint",
     "compare": "fit in several arms with the same seeds, and say how much they differ",
+    "recipes": "list the shipped recipes; `recipes show NAME` prints one, `recipes copy NAME` puts it here to change",
 }
 _HELP = """usage: lightning-feat SUBCOMMAND --config FILE [options]
 
@@ -24,7 +29,8 @@ subcommands:
 {subcommands}
 
 --config takes a file or the name of a shipped recipe, such as quickstart; any option of it may follow, such as
---trainer.max_epochs 3. `lightning-feat SUBCOMMAND --help` lists the options; they are those of LightningCLI."""
+--trainer.max_epochs 3. Several --config are merged, the later over the earlier, such as a recipe and your data.
+`lightning-feat SUBCOMMAND --help` lists the options; they are those of LightningCLI. --version tells the version."""
 _PACKAGE = Path(__file__).parent
 
 
@@ -66,6 +72,61 @@ def with_recipes(arguments: Sequence[str]) -> list[str]:
     return found
 
 
+def recipe_files() -> dict[str, Path]:
+    """The shipped recipes by name: configurations without an ending, and scripts with theirs."""
+    folder = recipe_folder()
+    found = {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
+    return found | {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*.py"))}
+
+
+def what_it_shows(path: Path) -> str:
+    """The first sentence about a recipe: of the text after the commands on top of a configuration, or of the docstring
+    of a script.
+    """
+    text = path.read_text()
+    if path.suffix == ".py":
+        paragraph = text.partition('"""')[2].partition("\n\n")[0]
+    else:
+        head = [line.lstrip("#").strip() for line in text.splitlines()[:30] if line.startswith("#")]
+        paragraph = " ".join(head[head.index("") :] if "" in head else head)
+    sentence, _, _ = " ".join(paragraph.split()).partition(". ")
+    return sentence.removesuffix(".") + "."
+
+
+def run_recipes(arguments: Sequence[str]) -> str:
+    """What ``lightning-feat recipes`` prints.
+
+    Raises:
+        ValueError: if the command or the recipe is not known, or a file would be replaced.
+    """
+    files = recipe_files()
+    command, *names = arguments or ("list",)
+    if command in ("-h", "--help"):
+        return "usage: lightning-feat recipes [list] | show NAME | copy NAME"
+    if command == "list" and not names:
+        lines = [
+            f"{name}\n{textwrap.fill(what_it_shows(path), 100, initial_indent='  ', subsequent_indent='  ')}"
+            for name, path in files.items()
+        ]
+        return "\n".join(
+            [*lines, "", "lightning-feat fit --config NAME runs one; those that end in .py run by themselves."]
+        )
+    if command not in ("show", "copy") or len(names) != 1:
+        raise ValueError(f"recipes {' '.join(arguments)}: it is `recipes`, `recipes show NAME` or `recipes copy NAME`.")
+    name = names[0].removeprefix("recipes/").removesuffix(".yaml")
+    if name not in files:
+        near = difflib.get_close_matches(name, files, n=3) or [*files]
+        raise ValueError(f"there is no recipe {names[0]!r}; nearest: {', '.join(near)}.")
+    if command == "show":
+        return f"{files[name]}\n\n{files[name].read_text()}"
+    here = Path(files[name].name)
+    if here.exists():
+        raise ValueError(f"{here} is here already: move it away, or copy the recipe in another folder.")
+    shutil.copyfile(files[name], here)
+    runs = f"python {here}" if here.suffix == ".py" else f"lightning-feat fit --config {here}"
+    return f"{here} is here now, to change; run it by: {runs}"
+
+
 def answer_at_once(arguments: Sequence[str]) -> str | None:
     """The help, where it is asked for; None where there is something to run. Lightning is not imported for this, which
     takes seconds.
@@ -74,8 +135,13 @@ def answer_at_once(arguments: Sequence[str]) -> str | None:
         ValueError: if there is no such subcommand; the message names the one that is meant.
     """
     if not arguments or arguments[0] in ("-h", "--help"):
-        return _HELP.format(subcommands="\n".join(f"  {name:10}{what}" for name, what in SUBCOMMANDS.items()))
+        lines = [f"  {name:10}{what}" for name, what in SUBCOMMANDS.items()]
+        return _HELP.format(subcommands="\n".join(lines))
     first = arguments[0]
+    if first == "--version":
+        return f"lightning-feat {version('lightning-feat')}"
+    if first == "recipes":
+        return run_recipes(arguments[1:])
     if first in SUBCOMMANDS or first.startswith("-"):
         return None
     near = difflib.get_close_matches(first, SUBCOMMANDS, n=1)

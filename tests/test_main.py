@@ -1,11 +1,20 @@
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 from lightning.pytorch.cli import LightningCLI
 
-from lightning_feat.__main__ import SUBCOMMANDS, find_recipe, main, recipe_folder, with_recipes
+from lightning_feat.__main__ import (
+    SUBCOMMANDS,
+    find_recipe,
+    main,
+    recipe_files,
+    recipe_folder,
+    what_it_shows,
+    with_recipes,
+)
 from lightning_feat.data import write_example_cifar, write_example_folder
 
 RECIPES = sorted(
@@ -40,7 +49,7 @@ def test_help_lists_every_subcommand_and_imports_neither_lightning_nor_torch():
 
 
 def test_the_subcommands_are_those_of_lightning_and_our_own():
-    assert SUBCOMMANDS.keys() == {*LightningCLI.subcommands(), "doctor", "compare"}
+    assert SUBCOMMANDS.keys() == {*LightningCLI.subcommands(), "doctor", "compare", "report", "recipes"}
 
 
 @pytest.mark.parametrize(
@@ -137,3 +146,50 @@ def test_compare_gets_its_arguments_and_the_path_of_a_recipe(monkeypatch):
         main(["compare", "--config", "quickstart", "--arm", "a=b.yaml"])
     assert end.value.code == 2
     assert seen == [["--config", str(recipe_folder() / "quickstart.yaml"), "--arm", "a=b.yaml"]]
+
+
+def test_recipes_lists_each_with_a_sentence(capsys):
+    main(["recipes"])
+    printed = capsys.readouterr().out
+    assert {*recipe_files()} == {*RECIPES, *(path.relative_to(recipe_folder()).as_posix() for path in SCRIPTS)}
+    for name, path in recipe_files().items():
+        assert f"{name}\n  " in printed
+        sentence = what_it_shows(path)
+        assert 20 < len(sentence) < 250, (name, sentence)
+        assert not sentence.startswith(("lightning-feat", "pip", "python")), (name, sentence)
+
+
+def test_recipes_show_prints_one_and_where_it_is(capsys):
+    main(["recipes", "show", "quickstart.yaml"])
+    printed = capsys.readouterr().out
+    path = recipe_folder() / "quickstart.yaml"
+    assert printed == f"{path}\n\n{path.read_text()}\n"
+
+
+def test_recipes_copy_puts_one_here_and_replaces_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    main(["recipes", "copy", "neural_collapse/theory"])
+    assert Path("theory.yaml").read_text() == (recipe_folder() / "neural_collapse/theory.yaml").read_text()
+    assert "lightning-feat fit --config theory.yaml" in capsys.readouterr().out
+    Path("theory.yaml").write_text("mine")
+    with pytest.raises(SystemExit, match=r"theory\.yaml is here already"):
+        main(["recipes", "copy", "neural_collapse/theory"])
+    assert Path("theory.yaml").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "answer"),
+    [
+        (["show", "quickstrat"], "no recipe 'quickstrat'; nearest: quickstart"),
+        (["show"], "`recipes show NAME`"),
+        (["paste", "quickstart"], "`recipes show NAME`"),
+    ],
+)
+def test_recipes_that_are_not_known_are_answered(arguments, answer):
+    with pytest.raises(SystemExit, match=answer):
+        main(["recipes", *arguments])
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    main(["--version"])
+    assert capsys.readouterr().out == f"lightning-feat {version('lightning-feat')}\n"
