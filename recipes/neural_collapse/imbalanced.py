@@ -284,7 +284,7 @@ def draw_figure(runs: Runs, path: Path) -> None:
                 angles.errorbar(cosine, place + offset, xerr=width, fmt=marker, **style)
         classes.set_xticks(range(1, NUM_CLASSES + 1))
         classes.set_ylabel("accuracy (%)")
-        classes.set_title(f"smallest class 1/{factor:g} of the largest", loc="left", fontsize=9)
+        classes.set_title(f"   smallest class 1/{factor:g} of the largest", loc="left", fontsize=9)
         gains.axvline(0, color="black", linewidth=0.8)
         angles.axvline(-1 / (NUM_CLASSES - 1), color="black", linewidth=0.8, linestyle=":")
         gains.set_yticks(range(len(by_method)), [METHODS[name].title for name in by_method])
