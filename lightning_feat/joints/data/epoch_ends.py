@@ -95,7 +95,7 @@ class MeasuresAtEpochEnds(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.ends.begin()
         if self.weights == "averaged":
-            refuse_no_average(trainer, self.state_key)
+            refuse_no_average(trainer, self)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.ends.is_due(trainer):

@@ -17,6 +17,8 @@ from lightning_feat.joints.run.twins import callbacks_of
 
 WhichWeights: TypeAlias = Literal["current", "averaged"]
 
+_MOST_EPOCHS = 1000  # that an averaging callback is asked about
+
 
 def averages(callback: Callback) -> bool:
     """Whether this callback averages the weights of the module."""
@@ -38,20 +40,37 @@ def averaged_copies(trainer: Trainer) -> list[tuple[Callback, nn.Module]]:
     return copies
 
 
-def refuse_no_average(trainer: Trainer, owner: str) -> None:
-    """Raise a ``ValueError`` if no callback of the trainer keeps an average to look at; for ``on_fit_start``."""
-    callbacks = [callback for callback in callbacks_of(trainer) if averages(callback)]
-    if any(shows_average(callback) for callback in callbacks):
+def refuse_no_average(trainer: Trainer, reader: Callback) -> None:
+    """Raise a ``ValueError`` if no callback of the trainer keeps an average for ``reader`` to look at at the end of an
+    epoch, or if it is brought up to date only after that; for ``on_fit_start``.
+    """
+    everyone = callbacks_of(trainer)
+    callbacks = [callback for callback in everyone if averages(callback)]
+    shown = next((callback for callback in callbacks if shows_average(callback)), None)
+    if shown is not None:
+        if everyone.index(shown) > everyone.index(reader) and _updates_at_epoch_ends(trainer, shown):
+            average, who = type(shown).__name__, type(reader).__name__
+            raise ValueError(
+                f"{reader.state_key}: weights='averaged', but {average} averages at the end of an epoch and has its turn "
+                f"after {who}, which would see the average of an epoch before: put {average} before {who} in "
+                "Trainer(callbacks=[...])."
+            )
         return
     if callbacks:
         raise ValueError(
-            f"{owner}: weights='averaged', but {type(callbacks[0]).__name__} has no average before its run ends, and "
-            "puts it into the module then: take weights='current', or EMAWeightAveraging."
+            f"{reader.state_key}: weights='averaged', but {type(callbacks[0]).__name__} has no average before its run "
+            "ends, and puts it into the module then: take weights='current', or EMAWeightAveraging."
         )
     raise ValueError(
-        f"{owner}: weights='averaged', but no callback averages weights: add EMAWeightAveraging or another "
+        f"{reader.state_key}: weights='averaged', but no callback averages weights: add EMAWeightAveraging or another "
         "WeightAveraging to the Trainer, or take weights='current'."
     )
+
+
+def _updates_at_epoch_ends(trainer: Trainer, average: Any) -> bool:
+    """Whether a ``WeightAveraging`` takes the weights in at the end of any epoch, and not after steps alone."""
+    last = trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs > 0 else _MOST_EPOCHS
+    return any(average.should_update(epoch_idx=epoch) for epoch in range(min(last, _MOST_EPOCHS)))
 
 
 @contextmanager

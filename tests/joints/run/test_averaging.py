@@ -116,3 +116,25 @@ def test_where_there_is_no_average_it_is_said_at_once(tmp_path, callbacks, messa
 def test_an_online_monitor_has_no_choice(monitor):
     with pytest.raises(ValueError, match="choose mode='exact'"):
         monitor(weights="averaged")
+
+
+class AtEpochEnds(EMAWeightAveraging or object):
+    """Takes the weights in at the end of each epoch."""
+
+    def should_update(self, step_idx=None, epoch_idx=None):
+        return epoch_idx is not None
+
+
+@pytest.mark.parametrize("prefix", MAKES)
+def test_an_average_of_epochs_comes_first_and_is_refused_behind(tmp_path, prefix):
+    monitor = MAKES[prefix](weights="averaged")
+    module, found = fitted(tmp_path, AtEpochEnds(decay=0.5), monitor)
+    same = MAKES[prefix]()
+    run = trainer(tmp_path, callbacks=[same], max_epochs=1)
+    module.lr = 0.0
+    run.fit(module, loader(48, 8), loader(24, 8))  # the module that the run ended with is the average
+    for name, value in run.callback_metrics.items():
+        if name.startswith(prefix):
+            assert found[name] == pytest.approx(float(value), rel=1e-6, nan_ok=True), name
+    with pytest.raises(ValueError, match="put AtEpochEnds before"):
+        fitted(tmp_path, MAKES[prefix](weights="averaged"), AtEpochEnds(decay=0.5))
