@@ -11,10 +11,16 @@ from torch.nn import functional as F
 
 from lightning_feat import callbacks
 from lightning_feat.callbacks import (
+    ClassNormRealignment,
+    DistributionalSimplicityMonitor,
     DotRegressionRegularizer,
     FeatureRegularizer,
+    FeatureRelianceMonitor,
+    FeatureReport,
     FeatureShiftMonitor,
     FeatureShiftRegularizer,
+    FewShotMonitor,
+    ForgettingMonitor,
     GrassmannHead,
     GrassmannMonitor,
     LinearProbe,
@@ -23,6 +29,7 @@ from lightning_feat.callbacks import (
     NeuralCollapseRegularizer,
     PromptLearner,
     RegressionCollapseMonitor,
+    SharpnessMonitor,
     SimplexETFHead,
     SimplicityBiasUpsampler,
 )
@@ -52,6 +59,12 @@ READERS = [
     lambda: RegressionCollapseMonitor(target_key=lambda batch: torch.stack([batch[1].float()] * 3, 1)),
     lambda: FeatureShiftMonitor(),
     lambda: NeuralCollapseMonitor(mode="exact"),
+    lambda: FewShotMonitor(shots=[1], episodes=2),
+    lambda: DistributionalSimplicityMonitor(),
+    lambda: FeatureRelianceMonitor(blocks={"first": ":2"}),
+    lambda: ForgettingMonitor(),
+    lambda: SharpnessMonitor(num_examples=8, max_products=2),
+    lambda: FeatureReport(),
 ]
 ACTORS = [
     lambda: NeuralCollapseRegularizer(),
@@ -116,6 +129,7 @@ def test_what_a_term_computes_is_not_the_loss_of_the_module(tmp_path):
 
 def test_every_callback_that_may_look_for_the_classifier_is_in_these_lists():
     here = {type(make()) for make in [*READERS, *ACTORS]} | {SimplexETFHead, GrassmannHead}
+    here.add(ClassNormRealignment)  # which is not there in training
     asking = {
         cls
         for cls in (getattr(callbacks, name) for name in callbacks.__all__)
