@@ -51,8 +51,8 @@ def refuse_no_average(trainer: Trainer, reader: Callback) -> None:
         if everyone.index(shown) > everyone.index(reader) and _updates_at_epoch_ends(trainer, shown):
             average, who = type(shown).__name__, type(reader).__name__
             raise ValueError(
-                f"{reader.state_key}: weights='averaged', but {average} averages at the end of an epoch and has its turn "
-                f"after {who}, which would see the average of an epoch before: put {average} before {who} in "
+                f"{reader.state_key}: weights='averaged', but {average} averages at the end of an epoch and has its "
+                f"turn after {who}, which would see the average of an epoch before: put {average} before {who} in "
                 "Trainer(callbacks=[...])."
             )
         return
