@@ -415,14 +415,23 @@ def sharp_tables(runs: Sequence[Sharp], settings: tuple[Setting, Setting]) -> st
     values = {key: [measures(run.learnable[key]) for run in runs] for key in runs[0].learnable}
     for (rho, twice), rows in values.items():
         shown = "without fast feature" if twice else "none"
-        lines.append(f"| {rho:g} | {shown} | {' | '.join(spreads(rows, (0, 0, 1)))} |")
+        cells = [_or_never(*column) for column in zip(zip(*rows, strict=True), spreads(rows, (0, 0, 1)), strict=True)]
+        lines.append(f"| {rho:g} | {shown} | {' | '.join(cells)} |")
     for (rho, twice), rows in values.items():
         if (rho, twice) != (0.0, False):
             gains = [[a - b for a, b in zip(*pair, strict=True)] for pair in zip(rows, values[0.0, False], strict=True)]
-            cells = [interval(gain, places) for gain, places in zip(zip(*gains, strict=True), (0, 0, 1), strict=True)]
+            columns = zip(zip(*gains, strict=True), (0, 0, 1), strict=True)
+            cells = [interval(gain, places) if all(map(math.isfinite, gain)) else "" for gain, places in columns]
             shown = "without fast feature" if twice else "none"
             lines.append(f"| {rho:g}, minus the first line | {shown} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _or_never(values: Sequence[float], spread: str) -> str:
+    """The spread, or where some runs end before a feature is learned their number, and the median of all."""
+    never = sum(math.isinf(value) for value in values)
+    median = float(torch.tensor(values, dtype=torch.float64).median())
+    return spread if not never else f"median {median:.0f}, not in {never} of {len(values)} runs"
 
 
 def draw(paper: Sequence[Paper], learnable: Sequence[Learnable], settings: tuple[Setting, Setting], path: Path) -> None:
