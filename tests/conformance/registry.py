@@ -213,7 +213,7 @@ CALLBACKS = [
         lacks={"soft labels": "regression has none"},
         failure=Failure("lightning_feat.callbacks.neural_collapse.regression.nrc1", "epoch end", call=1),
     ),
-    Entry("ClassNormRealignment", "monitor", {"stages": ["validate"]}),
+    Entry("ClassNormRealignment", "monitor"),
     Entry(
         "LinearProbe",
         "monitor",
