@@ -26,6 +26,7 @@ from torch.optim.lr_scheduler import MultiStepLR
 
 from lightning_feat.baselines import MLPClassifier
 from lightning_feat.callbacks import (
+    DataPlan,
     DistributionalSimplicityMonitor,
     FeatureRelianceMonitor,
     ForgettingMonitor,
@@ -37,11 +38,19 @@ from lightning_feat.callbacks.reports.figures import COLOURS
 from lightning_feat.data import SpuriousDigitsDataModule
 
 RHO, ADAPTIVE_RHO = 0.05, 0.2  # beyond twice of them trainings diverge once every example is learned, see README.md
+NUM_TRAIN = 899
+
+
+def _every_example(seed: int) -> DataPlan:
+    """The orders of the upsampler, before it shows anything twice."""
+    return DataPlan(torch.ones(NUM_TRAIN, dtype=torch.long), seed=seed)
+
+
 METHODS: dict[str, Callable[[int], list[Callback]]] = {
-    "SGD": lambda seed: [],
+    "SGD": lambda seed: [_every_example(seed)],
     "USEFUL": lambda seed: [SimplicityBiasUpsampler(seed=seed)],
-    "SAM": lambda seed: [SharpnessAwareMinimization(RHO)],
-    "ASAM": lambda seed: [SharpnessAwareMinimization(ADAPTIVE_RHO, adaptive=True)],
+    "SAM": lambda seed: [_every_example(seed), SharpnessAwareMinimization(RHO)],
+    "ASAM": lambda seed: [_every_example(seed), SharpnessAwareMinimization(ADAPTIVE_RHO, adaptive=True)],
     "SAM and USEFUL": lambda seed: [SimplicityBiasUpsampler(seed=seed), SharpnessAwareMinimization(RHO)],
 }
 MARKS = "o^svD"
