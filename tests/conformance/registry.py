@@ -213,7 +213,11 @@ CALLBACKS = [
         lacks={"soft labels": "regression has none"},
         failure=Failure("lightning_feat.callbacks.neural_collapse.regression.nrc1", "epoch end", call=1),
     ),
-    Entry("ClassNormRealignment", "monitor"),
+    Entry(
+        "ClassNormRealignment",
+        "monitor",
+        lacks={"fit, validate, test, predict": "what is tested and predicted is meant to differ"},
+    ),
     Entry(
         "LinearProbe",
         "monitor",

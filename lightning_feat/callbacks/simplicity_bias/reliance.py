@@ -22,7 +22,8 @@ from lightning_feat.joints.module.head_check import check_found, forget_check
 from lightning_feat.joints.run.averaging import WhichWeights
 from lightning_feat.joints.run.twins import refuse_twin
 
-Block: TypeAlias = Callable[[Tensor, Tensor], Tensor] | Tensor | slice | int | str | Sequence[Any]
+# Strings before functions: jsonargparse writes what stands behind a function as 'Unable to serialize instance'.
+Block: TypeAlias = int | str | Sequence[Any] | slice | Tensor | Callable[[Tensor, Tensor], Tensor]
 Best: TypeAlias = Callable[[Tensor], Tensor] | Literal["linear"] | None
 
 
