@@ -24,7 +24,7 @@ from lightning_feat.joints.run.twins import refuse_twin
 
 # Strings before functions: jsonargparse writes what stands behind a function as 'Unable to serialize instance'.
 Block: TypeAlias = int | str | Sequence[Any] | slice | Tensor | Callable[[Tensor, Tensor], Tensor]
-Best: TypeAlias = Callable[[Tensor], Tensor] | Literal["linear"] | None
+Best: TypeAlias = Literal["linear"] | Callable[[Tensor], Tensor] | None
 
 
 class FeatureRelianceMonitor(MeasuresAtEpochEnds):

@@ -3,13 +3,16 @@ between.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from pkgutil import resolve_name
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-# A function before a string: jsonargparse takes the first that fits.
-TargetKey: TypeAlias = int | Callable[[Any], Tensor] | str | None
+# A string before a function, for jsonargparse: it takes the first that fits, and writes a string that might have been a
+# function into a saved configuration as another string. What names a function is found in targets_of.
+TargetKey: TypeAlias = int | str | Callable[[Any], Tensor] | None
 
 TARGET_NAMES = ("label", "labels", "target", "targets", "y")
 _MAPS = ("mask", "masks")  # of segmentation: a class for each position; not of tokens, which has two axes
@@ -20,16 +23,18 @@ def targets_of(batch: Any, target_key: TargetKey = None, argument: str = "target
 
     Args:
         batch: what the data loader gives.
-        target_key: a position in a tuple or list, a key of a dict, an attribute, or a function of the batch. None
-            looks for ``label(s)``, ``target(s)`` or ``y`` in a dict, the second entry of a tuple or list, an
-            attribute of those names; and else for ``mask(s)`` that hold a class index for each position of a map.
+        target_key: a position in a tuple or list, a key of a dict, an attribute, or a function of the batch, which
+            may be named by its dotted path, as in YAML: ``package.module.function``. None looks for ``label(s)``,
+            ``target(s)`` or ``y`` in a dict, the second entry of a tuple or list, an attribute of those names; and else
+            for ``mask(s)`` that hold a class index for each position of a map.
         argument: what the user knows the key as, for an error: masks and indices are looked up in the same way.
 
     Raises:
         ValueError: if there are no targets to be found, or several that could be meant; the message shows the batch.
     """
-    if callable(target_key):
-        found = target_key(batch)
+    function = _function_named(target_key) if isinstance(target_key, str) and "." in target_key else target_key
+    if callable(function):
+        found = function(batch)
     elif target_key is not None:
         found = _entry(batch, target_key, argument)
     else:
@@ -40,6 +45,16 @@ def targets_of(batch: Any, target_key: TargetKey = None, argument: str = "target
             f"tensor, in a batch of {describe(batch)}: set {argument}."
         )
     return found
+
+
+@lru_cache
+def _function_named(path: str) -> Any:
+    """The function with this dotted path; None if there is none."""
+    try:
+        found = resolve_name(path)
+    except (ImportError, AttributeError, ValueError):
+        return None
+    return found if callable(found) else None
 
 
 def mask_of(batch: Any, mask_key: TargetKey) -> Tensor | None:

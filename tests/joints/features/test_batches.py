@@ -2,8 +2,9 @@ from collections import namedtuple
 
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 
-from lightning_feat.joints.features.batches import class_indices, inputs_of, targets_of
+from lightning_feat.joints.features.batches import TargetKey, class_indices, inputs_of, targets_of
 from tests.helpers import Example
 
 X, Y = torch.zeros(4, 2), torch.tensor([0, 1, 2, 1])
@@ -122,3 +123,25 @@ def test_a_batch_is_shown_in_a_line_however_many_samples_it_names():
 def test_a_key_of_something_else_is_called_by_its_own_name():
     with pytest.raises(ValueError, match="mask_key='mask' leads nowhere"):
         targets_of({"x": torch.zeros(2)}, "mask", "mask_key")
+
+
+def second(batch):
+    return batch["b.c"]
+
+
+def test_a_function_may_be_named_by_its_dotted_path_and_a_key_may_hold_a_dot():
+    y = torch.tensor([1, 0])
+    assert targets_of({"b.c": y}, f"{__name__}.second") is y
+    assert targets_of({"b.c": y}, "b.c") is y
+
+
+@pytest.mark.parametrize("value", ["label", 1, "tests.joints.features.test_batches.second"])
+def test_a_key_is_written_into_a_configuration_as_it_was_read(value):
+    def settings(target_key: TargetKey = None):
+        pass
+
+    parser = ArgumentParser()
+    parser.add_function_arguments(settings)
+    parsed = parser.parse_object({"target_key": value})
+    assert parsed.target_key == value
+    assert parser.parse_string(parser.dump(parsed)).target_key == value
