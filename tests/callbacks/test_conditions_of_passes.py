@@ -270,5 +270,5 @@ class Repeats(Plain):
 
 def test_rows_of_a_network_that_repeats_samples_in_eval_are_not_blamed_on_the_loader(tmp_path):
     upsampler = SimplicityBiasUpsampler(separating_epoch=1, restart=False)
-    with pytest.raises(ValueError, match=r"in eval mode over 32 training examples.*several rows of an example"):
+    with pytest.raises(ValueError, match=r"in eval mode over 8 training examples.*several rows of an example"):
         trainer(tmp_path, callbacks=[upsampler], max_epochs=3).fit(Repeats(), loader(), loader(16))
