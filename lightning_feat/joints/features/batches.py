@@ -32,11 +32,13 @@ def targets_of(batch: Any, target_key: TargetKey = None, argument: str = "target
     Raises:
         ValueError: if there are no targets to be found, or several that could be meant; the message shows the batch.
     """
-    function = _function_named(target_key) if isinstance(target_key, str) and "." in target_key else target_key
-    if callable(function):
-        found = function(batch)
-    elif target_key is not None:
-        found = _entry(batch, target_key, argument)
+    key: Any = target_key
+    if isinstance(key, str) and "." in key:
+        key = _function_named(key) or key
+    if callable(key):
+        found = key(batch)
+    elif key is not None:
+        found = _entry(batch, key, argument)
     else:
         found = _guess(batch)
     if not isinstance(found, Tensor):
