@@ -57,8 +57,8 @@ def kept_features_optimum(
         >>> given = torch.tensor([[2.0, 0.1], [1.8, -0.1], [0.1, 1.9], [-0.1, 2.1]])
         >>> found = kept_features_optimum(given, torch.tensor([0, 0, 1, 1]), 0.01, 0.001, 0.01)
         >>> (found.weight @ found.features.T).round(decimals=2).abs()
-        tensor([[0.9600, 0.9600, 0.0000, 0.0000],
-                [0.0000, 0.0000, 0.9600, 0.9600]], dtype=torch.float64)
+        tensor([[1.0000, 0.9900, 0.0100, 0.0100],
+                [0.0100, 0.0100, 0.9900, 1.0000]], dtype=torch.float64)
     """
     if targets.ndim == 1:
         check_shapes(given=(given, "ND"), targets=(targets, "N", int))
