@@ -62,6 +62,8 @@ def kept_features_optimum(
     """
     if targets.ndim == 1:
         check_shapes(given=(given, "ND"), targets=(targets, "N", int))
+        if len(targets) and int(targets.min()) < 0:
+            raise ValueError(f"targets hold {int(targets.min())}: class indices count from zero.")
         y_NC = one_hot(targets).double() if len(targets) else targets.new_zeros(0, 1).double()
     else:
         check_shapes(given=(given, "ND"), targets=(targets, "NC"))
@@ -81,12 +83,13 @@ def kept_features_optimum(
         raise ValueError(f"given features {tuple(given.shape)} and targets must be finite, and at least one sample.")
     y_NC, size, hold = y_NC.detach().to(h0_ND.device), len(h0_ND), feature_decay + keep_weight
     eye_DD = torch.eye(h0_ND.shape[1], dtype=h0_ND.dtype, device=h0_ND.device)
-    start_DC = torch.linalg.solve(h0_ND.T @ h0_ND + size * weight_decay * eye_DD, h0_ND.T @ y_NC)
+    # Not by solve, which raises where the features are so large that the decay is rounding beside them.
+    start_DC = torch.linalg.pinv(h0_ND.T @ h0_ND + size * weight_decay * eye_DD, hermitian=True) @ h0_ND.T @ y_NC
     w_CD = start_DC.T.contiguous().requires_grad_()
 
     def features_of(weight: Tensor) -> Tensor:
         moment_DD = weight.T @ weight / size + hold * eye_DD
-        solved: Tensor = torch.linalg.solve(moment_DD, (y_NC @ weight / size + keep_weight * h0_ND).T)
+        solved, _ = torch.linalg.solve_ex(moment_DD, (y_NC @ weight / size + keep_weight * h0_ND).T)
         return solved.T
 
     @torch.no_grad()
