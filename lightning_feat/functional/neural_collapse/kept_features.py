@@ -64,7 +64,7 @@ def kept_features_optimum(
         check_shapes(given=(given, "ND"), targets=(targets, "N", int))
         if len(targets) and int(targets.min()) < 0:
             raise ValueError(f"targets hold {int(targets.min())}: class indices count from zero.")
-        y_NC = one_hot(targets).double() if len(targets) else targets.new_zeros(0, 1).double()
+        y_NC = one_hot(targets.long()).double() if len(targets) else targets.new_zeros(0, 1).double()
     else:
         check_shapes(given=(given, "ND"), targets=(targets, "NC"))
         if not targets.is_floating_point():
@@ -79,8 +79,10 @@ def kept_features_optimum(
             "second not below it."
         )
     h0_ND = to_float64(given.detach())
-    if not h0_ND.isfinite().all() or not y_NC.isfinite().all() or not len(h0_ND):
-        raise ValueError(f"given features {tuple(given.shape)} and targets must be finite, and at least one sample.")
+    if not h0_ND.isfinite().all() or not y_NC.isfinite().all() or not h0_ND.numel():
+        raise ValueError(
+            f"given features {tuple(given.shape)} and targets must be finite, with at least one sample and one feature."
+        )
     y_NC, size, hold = y_NC.detach().to(h0_ND.device), len(h0_ND), feature_decay + keep_weight
     eye_DD = torch.eye(h0_ND.shape[1], dtype=h0_ND.dtype, device=h0_ND.device)
     # Not by solve, which raises where the features are so large that the decay is rounding beside them.
