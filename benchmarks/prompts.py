@@ -15,7 +15,8 @@ from turns import Effort, effort_asked, in_turns, spread_of, table, timed
 
 from lightning_feat.baselines.clip_classifier import ClipClassifier
 from lightning_feat.joints.clip.towers import find_clip_towers
-from lightning_feat.layers.feature_shift.prompts import DeepPrompts, insert_prompts
+from lightning_feat.layers.feature_shift.prompt_hooks import insert_prompts
+from lightning_feat.layers.feature_shift.prompts import DeepPrompts
 
 BAR = 0.02
 CLASSES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]

@@ -41,12 +41,15 @@ def run_doctor(arguments: Sequence[str]) -> int:
     if own.help:
         parser.print_help()
         return 0
+    if own.batches < 2:
+        parser.error(f"--batches {own.batches}: give at least 2, as some faults show after the first step.")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
         cli = _build(rest)
-        findings = doctor(cli.trainer, cli.model, datamodule=cli.datamodule, batches=own.batches, cost=not own.no_cost)
-    except Exception as error:
+    except Exception as error:  # whatever the user's configuration and classes raise
         findings = [_not_built(error)]
+    else:
+        findings = doctor(cli.trainer, cli.model, datamodule=cli.datamodule, batches=own.batches, cost=not own.no_cost)
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         print(json.dumps([asdict(f) for f in findings], indent=2) if own.json else as_text(findings))
     return int(any(finding.severity == "error" for finding in findings))

@@ -79,7 +79,7 @@ def _rehearse(run: Run, order: list[int], batches: int, notes: bool) -> list[Fin
                 trial = make_trial(run, folder, batches, order, [], [watch])
                 watch.callbacks = trial.callbacks
                 trial.fit()
-            except Exception as error:
+            except Exception as error:  # what the run raises is what was looked for
                 raised = error
             if trial is None or isinstance(raised, LedBack):
                 return [*findings, _not_copied(run, raised)]

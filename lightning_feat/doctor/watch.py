@@ -11,7 +11,6 @@ from lightning_feat.callbacks.grassmann.head import unfollowed_subspaces
 from lightning_feat.doctor.checks.labels import TargetEar
 from lightning_feat.doctor.checks.terms import Heard, begin_now, listen_to
 from lightning_feat.doctor.classifier import ClassifierEar
-from lightning_feat.functional.feature_shift import shift_measures
 from lightning_feat.joints.data.epoch_ends import EpochEnds
 from lightning_feat.joints.loss.engine import loss_terms_of
 from lightning_feat.joints.module.wraps import add_link
@@ -156,7 +155,7 @@ def _shift_of(callback: Callback) -> float | None:
         return None
     if callback.without_prompts or callback.start is not None:
         return None
-    shifts = [float(shift_measures(sums)["relative"]) for sums in callback._totals.values()]
+    shifts = callback.relative_shifts()
     return max((shift for shift in shifts if math.isfinite(shift)), default=0.0)
 
 

@@ -3,6 +3,7 @@
 Shapes: C classes, k dimensions of a subspace, D features, P pairs of classes.
 """
 
+from abc import abstractmethod
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -105,8 +106,9 @@ class _BasisMetric(SumsMetric):
         setattr(self, self._state, getattr(self, self._state) + value)
         setattr(self, f"{self._state}_updates", getattr(self, f"{self._state}_updates") + 1)
 
+    @abstractmethod
     def _measure(self, basis: Tensor) -> Tensor:
-        raise NotImplementedError
+        """The number of one basis."""
 
     def compute(self) -> Tensor:
         """A float64 scalar; nan before any update."""

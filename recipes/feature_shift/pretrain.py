@@ -64,6 +64,8 @@ def main() -> None:
     parser.add_argument("--fast", action="store_true", help="a few steps: does it run?")
     parser.add_argument("--out", type=Path, default=Path("runs/feature_shift/clip.ckpt"))
     arguments = parser.parse_args()
+    if arguments.out.is_dir():
+        parser.error(f"--out {arguments.out} is a folder: give the path of a file, such as {arguments.out}/clip.ckpt.")
     if arguments.fast:
         arguments.pairs, arguments.epochs = 640, 1
     torch.set_num_threads(arguments.threads)

@@ -8,6 +8,7 @@ import torch
 
 from lightning_feat.baselines import MLPClassifier
 from lightning_feat.data import DigitsDataModule
+from lightning_feat.report.collecting.checkpoints import _ages
 from lightning_feat.report.command import run_report
 from lightning_feat.report.features_file import load_features
 from tests.report.pages import body_of, data_of
@@ -128,3 +129,22 @@ def test_data_that_the_run_does_not_have_are_named(here, capsys):
     finally:
         sys.path.remove(str(here))
     assert "the run has no test data" in capsys.readouterr().err.splitlines()[-1]
+
+
+class Thing:
+    """An object of a user's in a checkpoint."""
+
+
+@pytest.mark.parametrize("given", [["last", "first"], ["first", "last"]])
+def test_checkpoints_are_ordered_by_their_steps_and_as_given_where_one_does_not_say(checkpoints, tmp_path, given):
+    paths = [str(checkpoints / f"{name}.ckpt") for name in given]
+    ages = _ages(paths)
+    assert (ages[0] > ages[1]) == (given[0] == "last")
+    content = torch.load(paths[0], weights_only=False)
+    content["thing"] = Thing()
+    torch.save(content, tmp_path / "with_thing.ckpt")
+    with pytest.warns(
+        UserWarning, match="with_thing.ckpt has behind it cannot be read.*from the latest to the earliest"
+    ):
+        assert _ages([str(tmp_path / "with_thing.ckpt"), paths[1]]) == [0, -1]
+    assert _ages([None, paths[1]])[0] == -1

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from lightning_feat.callbacks.feature_shift.figures import draw_shifts
 from lightning_feat.callbacks.feature_shift.regularizer import FeatureShiftRegularizer
+from lightning_feat.callbacks.feature_shift.sums import EpochShifts
 from lightning_feat.callbacks.reports.curves import Points
 from lightning_feat.callbacks.reports.figures import folder_for_figures, publish_figure
 from lightning_feat.callbacks.reports.history import set_point
-from lightning_feat.functional.feature_shift import ShiftSums, shift_discrepancy, shift_measures, shift_sums
+from lightning_feat.functional.feature_shift import shift_discrepancy, shift_measures
 from lightning_feat.joints.arguments import checked
-from lightning_feat.joints.data.ways import Forward
+from lightning_feat.joints.data.calls import Forward
 from lightning_feat.joints.features.batches import TargetKey
 from lightning_feat.joints.features.nonfinite import NonfiniteWatch
 from lightning_feat.joints.features.pooling import Pooling
@@ -22,7 +23,6 @@ from lightning_feat.joints.features.silence import SilenceWatch
 from lightning_feat.joints.features.taps import Read, TapError
 from lightning_feat.joints.module.head_check import check_found, forget_check
 from lightning_feat.joints.reference import (
-    Compared,
     Comparison,
     FrozenStart,
     TowerComparison,
@@ -120,8 +120,7 @@ class FeatureShiftMonitor(Callback):
             self.comparison = Comparison(named, frozen, read, pooling, mask_key, self._keep_graph)
         self._of: weakref.ref[LightningModule] | None = None  # whose start it is
         self._inside = InsideFit()
-        self._totals: dict[str, ShiftSums] = {}
-        self._lost: dict[str, Tensor] = {}  # tokens that were not finite
+        self._shifts = EpochShifts()
         self.nonfinite = NonfiniteWatch(self.state_key, " and are left out of the shift")
         self.silence = SilenceWatch(self.state_key)
         self._listens, self._counts, self._tried, self._folder = False, True, False, ""
@@ -175,18 +174,12 @@ class FeatureShiftMonitor(Callback):
         # Not in setup: before configure_model the layers may not be there, or be replaced later.
         if self.comparison is None:
             return
-        frozen = self._frozen
         check_found(pl_module, self.state_key, self.comparison.all_taps, only_reads=True)
-        for tap in self.comparison.all_taps:
-            if frozen is None or tap is not frozen.calls:
-                tap.attach(pl_module)
-        if frozen is not None:
-            references = [
-                other.reference for other in callbacks_of(trainer) if isinstance(other, FeatureShiftRegularizer)
-            ]
-            lent = [other for other in references if isinstance(other, FrozenStart)]
-            frozen.attach(pl_module, lent[0] if lent else None)
-        self._totals, self._lost, self._listens, self._tried = {}, {}, False, False
+        references = [other.reference for other in callbacks_of(trainer) if isinstance(other, FeatureShiftRegularizer)]
+        lent = [other for other in references if isinstance(other, FrozenStart)]
+        self.comparison.attach(pl_module, lent[0] if lent else None)
+        self._shifts.begin()
+        self._listens, self._tried = False, False
         self.nonfinite.reset()
         self.silence.begin()
 
@@ -195,7 +188,7 @@ class FeatureShiftMonitor(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.data == "train":
-            self._totals, self._lost = {}, {}
+            self._shifts.begin()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._frozen is not None:
@@ -222,7 +215,7 @@ class FeatureShiftMonitor(Callback):
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.data == "val":
-            self._totals, self._lost = {}, {}
+            self._shifts.begin()
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -258,10 +251,13 @@ class FeatureShiftMonitor(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._let_go(pl_module)  # after an exception Lightning does not call teardown
 
+    def relative_shifts(self) -> list[float]:
+        """The relative shift of each layer heard in this epoch so far, on this process."""
+        return self._shifts.relative()
+
     @property
     def _frozen(self) -> FrozenStart | None:
-        reference = None if self.comparison is None else self.comparison.reference
-        return reference if isinstance(reference, FrozenStart) else None
+        return None if self.comparison is None else self.comparison.frozen
 
     def _is_due(self, trainer: Trainer, batch_idx: int) -> bool:
         if self.every_n_batches is not None:
@@ -272,17 +268,11 @@ class FeatureShiftMonitor(Callback):
     def _listen(self, counts: bool = True) -> None:
         self._listens, self._counts = True, counts
         if self.comparison is not None:
-            for tap in self.comparison.all_taps:
-                tap.listen()
-        if self._frozen is not None:
-            self._frozen.listen()
+            self.comparison.listen()
 
     def _hold(self) -> None:
         if self.comparison is not None:
-            for tap in self.comparison.all_taps:
-                tap.hold()
-        if self._frozen is not None:
-            self._frozen.hold()
+            self.comparison.hold()
 
     def _take(self, pl_module: LightningModule, batch: Any, must_hear: bool) -> None:
         self._listens = False
@@ -294,44 +284,25 @@ class FeatureShiftMonitor(Callback):
             self.silence.note(error, must_hear)
             return
         finally:
-            for tap in self.comparison.all_taps:
-                tap.drop()
+            self.comparison.drop()
         self.silence.heard()
         if self._counts:
             for label, pair in compared.items():
-                self._add(label, pair)
-
-    def _add(self, label: str, pair: Compared) -> None:
-        finite_R = pair.features.isfinite().all(-1) & pair.reference.isfinite().all(-1)
-        counts_R = finite_R if pair.mask is None else pair.mask & finite_R
-        lost_R = ~finite_R if pair.mask is None else pair.mask & ~finite_R
-        self._lost[label] = self._lost.get(label, torch.zeros((), device=finite_R.device)) + lost_R.sum()
-        sums = shift_sums(pair.features, pair.reference, counts_R)
-        before = self._totals.get(label)
-        self._totals[label] = sums if before is None else ShiftSums(*(a + b for a, b in zip(before, sums, strict=True)))
+                self._shifts.add(label, pair)
 
     def _report(self, trainer: Trainer, pl_module: LightningModule) -> None:
         comparison = self.comparison
-        if comparison is None or not self._totals:
+        if comparison is None:
             return
         relative: dict[str, Tensor] = {}
-        for label in comparison.labels:
-            # Each process asks for each layer, in the same order: at a sum one alone would wait for ever.
-            nothing = torch.zeros((), device=pl_module.device)
-            sums = self._totals.get(label, [nothing] * 4)
-            totals = torch.stack([*sums, self._lost.get(label, nothing).to(sums[0])])
-            if trainer.world_size > 1:
-                totals = trainer.strategy.reduce(totals, reduce_op="sum")  # type: ignore[assignment]
-            used, lost = float(totals[0]), float(totals[4])
-            if not used + lost:
-                continue
-            self.nonfinite.check(trainer, label, lost, used + lost)
-            for measure, value in shift_measures(ShiftSums(*totals[:4])).items():
+        for label, sums, lost, heard in self._shifts.over_processes(trainer, comparison.labels, pl_module.device):
+            self.nonfinite.check(trainer, label, lost, heard)
+            for measure, value in shift_measures(sums).items():
                 self._log(pl_module, f"{measure}/{label}", value)
                 if measure == "relative":
                     relative[label] = value
                     self._remember(trainer, label, float(value))
-        if isinstance(comparison, TowerComparison):
+        if relative and isinstance(comparison, TowerComparison):
             still = torch.zeros((), device=pl_module.device, dtype=torch.float64)  # of a tower without prompts
             text, image = ([relative.get(tap.label, still) for tap in taps] for taps in comparison.pairs)
             discrepancy_J = shift_discrepancy(torch.stack(text), torch.stack(image))
@@ -360,8 +331,6 @@ class FeatureShiftMonitor(Callback):
     def _let_go(self, pl_module: LightningModule) -> None:
         forget_check(pl_module, self.state_key)
         if self.comparison is not None:
-            for tap in self.comparison.all_taps:
-                tap.remove()
-        if self._frozen is not None:
-            self._frozen.remove()
-        self._totals, self._lost, self._listens = {}, {}, False
+            self.comparison.remove()
+        self._shifts.begin()
+        self._listens = False

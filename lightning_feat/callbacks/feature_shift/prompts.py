@@ -18,7 +18,8 @@ from lightning_feat.joints.reference.runs import refuse_sharding
 from lightning_feat.joints.run.averaging import refuse_averaging_before
 from lightning_feat.joints.run.twins import refuse_twin
 from lightning_feat.layers.feature_shift.insertion import Insertion
-from lightning_feat.layers.feature_shift.prompts import Coupling, DeepPrompts, Kind, insert_prompts
+from lightning_feat.layers.feature_shift.prompt_hooks import insert_prompts
+from lightning_feat.layers.feature_shift.prompts import Coupling, DeepPrompts, Kind
 from lightning_feat.layers.feature_shift.surgery import SurgeryBlock, attach_surgery
 
 _STRENGTHEN: dict[Kind, float] = {"text": 0.02, "image": 0.005}  # RESTORE's code

@@ -14,7 +14,7 @@ from lightning_feat.functional.feature_shift import (
     shift_consistency_loss,
 )
 from lightning_feat.joints.arguments import checked
-from lightning_feat.joints.data.ways import Forward
+from lightning_feat.joints.data.calls import Forward
 from lightning_feat.joints.features.batches import TargetKey
 from lightning_feat.joints.features.pooling import Pooling
 from lightning_feat.joints.features.taps import FeatureTap, Read

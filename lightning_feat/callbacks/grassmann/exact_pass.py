@@ -1,15 +1,13 @@
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from lightning_feat.callbacks.grassmann.spread import FeatureSpread
 from lightning_feat.functional.transfer.class_separation import sample_of_each_class
 from lightning_feat.joints.data.processes import gather_samples
 from lightning_feat.joints.data.shared_pass import Again
-from lightning_feat.joints.features.taps import FeatureTap
-from lightning_feat.metrics.transfer import ClassSeparation, WithinClassVariability
 
 _Samples = tuple[Tensor, Tensor, Tensor]  # features, targets, and their numbers in the data set
 
@@ -20,9 +18,7 @@ class SeparationReading:
     Args:
         trainer: knows the processes.
         module: the network.
-        tap: on the head.
-        take: gives features, targets, and which samples are left out, of a batch that the tap has heard.
-        r2: to be filled, and ``variability``, which keeps what one process gives it to itself.
+        spread: to be filled; its variability keeps what one process gives it to itself.
         max_samples_per_class: see ``GrassmannMonitor``, and there ``seed``.
     """
 
@@ -32,24 +28,20 @@ class SeparationReading:
         self,
         trainer: Trainer,
         module: LightningModule,
-        tap: FeatureTap,
-        take: Callable[[Any], tuple[Tensor, Tensor, Tensor]],
-        r2: ClassSeparation,
-        variability: WithinClassVariability,
+        spread: FeatureSpread,
         max_samples_per_class: int | None,
         seed: int,
     ) -> None:
-        self._trainer, self._module, self.taps, self._take = trainer, module, [tap], take
-        self._r2, self._variability = r2, variability
+        self._trainer, self._module, self._spread, self.taps = trainer, module, spread, [spread.tap]
         self._most, self._seed = max_samples_per_class, seed
         self._kept: list[_Samples] = []
         self._seen, self._held, self._room = 0, 0, 2**14
 
     def take(self, batch: Any) -> None:
-        h, t, left_out = self._take(batch)
+        h, t, left_out = self._spread.take(batch)
         keep, world = ~left_out, self._trainer.world_size
         places = torch.arange(self._seen, self._seen + len(h), device=h.device)
-        self._r2.update(h[keep], t[keep])
+        self._spread.r2.update(h[keep], t[keep])
         self._kept.append((h[keep], t[keep], (self._trainer.global_rank + world * places)[keep]))
         self._seen, self._held = self._seen + len(h), self._held + int(keep.sum())
         if self._held > self._room:  # choose from twice what was chosen before, so that all choices cost but little
@@ -63,7 +55,7 @@ class SeparationReading:
         mine = self._sample(_joined(self._kept)) if self._kept else (torch.zeros(0, 1, device=device), none, none)
         self._kept = []
         h, t, _ = self._sample(gather_samples(*mine))
-        self._variability.update(h, t)
+        self._spread.variability.update(h, t)
 
     def _sample(self, samples: _Samples) -> _Samples:
         if self._most is None:

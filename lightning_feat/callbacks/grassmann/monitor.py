@@ -9,27 +9,26 @@ from torch import Tensor
 from lightning_feat.callbacks.grassmann.exact_pass import SeparationReading
 from lightning_feat.callbacks.grassmann.figures import draw_angles
 from lightning_feat.callbacks.grassmann.head import GrassmannHead
+from lightning_feat.callbacks.grassmann.spread import FeatureSpread
 from lightning_feat.callbacks.reports.figures import folder_for_figures, publish_figure
-from lightning_feat.functional.common.looks import without_looking
 from lightning_feat.joints.arguments import checked
+from lightning_feat.joints.data.calls import Forward
 from lightning_feat.joints.data.epoch_ends import EpochEnds, MeasuresAtEpochEnds
 from lightning_feat.joints.data.processes import full_tensor, repeated_rows
 from lightning_feat.joints.data.shared_pass import read_clean, try_reading
-from lightning_feat.joints.data.ways import Forward, Ways
-from lightning_feat.joints.features.at_once import try_all
-from lightning_feat.joints.features.batches import TargetKey, class_indices, mask_of, targets_of
+from lightning_feat.joints.data.ways import Ways
+from lightning_feat.joints.features.batches import TargetKey
 from lightning_feat.joints.features.heads import find_classifier
 from lightning_feat.joints.features.nonfinite import NonfiniteWatch
 from lightning_feat.joints.features.pooling import Pooling
 from lightning_feat.joints.features.silence import SilenceWatch
-from lightning_feat.joints.features.taps import FeatureTap, TapError, find_layer
+from lightning_feat.joints.features.taps import TapError, find_layer
 from lightning_feat.joints.module.head_check import Asks, check_head, forget_check
 from lightning_feat.joints.run.averaging import WhichWeights
 from lightning_feat.joints.run.spared import run_spared
 from lightning_feat.joints.run.twins import callbacks_of, refuse_twin
 from lightning_feat.layers.grassmann import LOST, GrassmannLinear, off_the_manifold
 from lightning_feat.metrics.grassmann import subspace_geometry
-from lightning_feat.metrics.transfer import ClassSeparation, WithinClassVariability
 
 
 class GrassmannMonitor(MeasuresAtEpochEnds):
@@ -111,12 +110,9 @@ class GrassmannMonitor(MeasuresAtEpochEnds):
         self.nonfinite = NonfiniteWatch(self.state_key, " and are left out of the measures")
         self.silence = SilenceWatch(self.state_key)
         self._of: weakref.ref[LightningModule] | None = None  # whose start it is
-        self._tap: FeatureTap | None = None
+        self._spread: FeatureSpread | None = None  # while fitting
         self._listens, self._head_reports, self._label, self._folder = False, False, "", ""
         self._failed: set[str] = set()  # what could not be done, which is said once
-        self._heard = torch.zeros(())  # samples of this epoch
-        self._r2: ClassSeparation | None = None
-        self._variability: WithinClassVariability | None = None
 
     @property
     def state_key(self) -> str:
@@ -141,16 +137,12 @@ class GrassmannMonitor(MeasuresAtEpochEnds):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._label, head = self._find(pl_module)
-        self._tap = FeatureTap(self._label, "input", self.pooling)
-        self._tap.attach(pl_module)
+        keys = self.target_key, self.ignore_index, self.mask_key
+        syncs = self.mode == "online"  # the exact mode gathers samples instead
+        self._spread = FeatureSpread(self._label, head, self.pooling, *keys, syncs, pl_module.device)
+        self._spread.tap.attach(pl_module)
         check_head(pl_module, Asks(self.state_key, (self._label,), only_reads=True, named=self.layer is not None))
-        self._r2 = ClassSeparation(head.num_classes, head.in_features).to(pl_module.device)
-        self._variability = WithinClassVariability(
-            head.num_classes,
-            sync_on_compute=self.mode == "online",  # the exact mode gathers samples instead
-        ).to(pl_module.device)
         self._listens, self._failed = False, set()
-        self._heard = torch.zeros(())
         self.nonfinite.reset()
         self.silence.begin()
         super().on_fit_start(trainer, pl_module)
@@ -164,39 +156,38 @@ class GrassmannMonitor(MeasuresAtEpochEnds):
         if self.start is None:  # not in on_fit_start: with some strategies a checkpoint is loaded after it
             self.start = full_tensor(self._find(pl_module)[1].basis).cpu().clone()
         self._listens = self.mode == "online" and self._is_due(trainer)  # also in an epoch resumed in its middle
-        if self.mode == "exact" and self._tap is not None:  # what is wrong with data or network is said now
+        if self.mode == "exact" and self._spread is not None:  # what is wrong with data or network is said now
             ((name, loader),) = self._loader(trainer).items()
             if loader is not None or name == "training":
                 try_reading(trainer, pl_module, self, name, loader)
-                self._begin_epoch()
+                self._spread.begin_epoch()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._listens = self.mode == "online" and self._is_due(trainer)
-        self._begin_epoch()
+        if self._spread is not None:
+            self._spread.begin_epoch()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self._listens and self._tap is not None:
-            self._tap.listen()
+        if self._listens and self._spread is not None:
+            self._spread.tap.listen()
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        if self._tap is not None:
-            self._tap.hold()  # SAM runs training_step twice: the features at the perturbed weights are not wanted
+        if self._spread is not None:
+            self._spread.tap.hold()  # SAM runs training_step twice: features at perturbed weights are not wanted
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not self._listens or self._tap is None:
+        if not self._listens or self._spread is None:
             return
         try:
-            features, targets, left_out = self._take(batch)
+            features, targets, left_out = self._spread.take(batch)
         except TapError as error:
             self.silence.note(error, outputs)
             return
         self.silence.heard()
         repeated = repeated_rows(trainer, batch_idx, len(features), features.device)
-        with without_looking():
-            for metric in self._metrics():
-                metric.update(features, targets, left_out if repeated is None else left_out | repeated)
+        self._spread.update(features, targets, left_out if repeated is None else left_out | repeated)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)
@@ -206,10 +197,9 @@ class GrassmannMonitor(MeasuresAtEpochEnds):
         return self._loader(trainer) if self.mode == "exact" and self.ends.is_due(trainer) else {}
 
     def new_reading(self, trainer: Trainer, module: LightningModule, name: str) -> SeparationReading:
-        if self._tap is None or self._r2 is None or self._variability is None:
+        if self._spread is None:
             raise RuntimeError("the monitor reads only while fitting.")
-        how_many = self.max_samples_per_class, self.seed
-        return SeparationReading(trainer, module, self._tap, self._take, self._r2, self._variability, *how_many)
+        return SeparationReading(trainer, module, self._spread, self.max_samples_per_class, self.seed)
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> None:
         basis = full_tensor(self._find(pl_module)[1].basis)
@@ -230,11 +220,11 @@ class GrassmannMonitor(MeasuresAtEpochEnds):
         if self.mode == "exact":
             ((name, loader),) = self._loader(trainer).items()
             read_clean(trainer, pl_module, self, name, loader)
-        if self._r2 is not None and self._variability is not None and (self.mode == "exact" or self._listens):
+        if self._spread is not None and (self.mode == "exact" or self._listens):
             suffix = "_val" if self.data == "val" else ""
-            self._log(pl_module, "r2", self._r2.compute(), suffix)
-            self.nonfinite.check(trainer, self._label, *self._lost(trainer, self._r2.nonfinite))
-            self._log(pl_module, "variability", self._variability.compute(), suffix)
+            self._log(pl_module, "r2", self._spread.r2.compute(), suffix)
+            self.nonfinite.check(trainer, self._label, *self._spread.lost(trainer))
+            self._log(pl_module, "variability", self._spread.variability.compute(), suffix)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._let_go(pl_module)
@@ -259,38 +249,6 @@ class GrassmannMonitor(MeasuresAtEpochEnds):
             return {"validation": trainer.val_dataloaders}
         return {"training": trainer.train_dataloader}
 
-    def _take(self, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Features, targets (zero where a sample is left out), and which are left out."""
-        if self._tap is None:
-            raise RuntimeError("the monitor listens only while fitting.")
-        mask, found = try_all(
-            lambda: mask_of(batch, self.mask_key), lambda: targets_of(batch, self.target_key), self._tap.check
-        )[:2]
-        features = self._tap.take(mask)
-        where = f"the targets for layer {self._label}"
-        targets = class_indices(found, len(features), where, self.pooling != "tokens")
-        targets = targets.to(features.device)
-        left_out = targets == self.ignore_index
-        if self.pooling == "tokens" and mask is not None:
-            left_out |= ~mask.to(features.device).flatten()
-        self._heard = self._heard.to(left_out.device) + (~left_out).sum()
-        return features, targets.masked_fill(left_out, 0), left_out
-
-    def _begin_epoch(self) -> None:
-        self._heard = torch.zeros(())
-        for metric in self._metrics():
-            metric.reset()
-
-    def _lost(self, trainer: Trainer, lost: Tensor) -> tuple[float, float]:
-        """Over all processes, samples that were left out, and all that were heard."""
-        numbers = torch.stack([lost, self._heard.to(lost)])
-        if trainer.world_size > 1:
-            numbers = trainer.strategy.reduce(numbers, reduce_op="sum")  # type: ignore[assignment]
-        return float(numbers[0]), float(numbers[1])
-
-    def _metrics(self) -> list[ClassSeparation | WithinClassVariability]:
-        return [metric for metric in (self._r2, self._variability) if metric is not None]
-
     def _is_due(self, trainer: Trainer) -> bool:
         """Of an epoch that begins: as far as it is known in time."""
         epoch = trainer.current_epoch + 1
@@ -310,6 +268,6 @@ class GrassmannMonitor(MeasuresAtEpochEnds):
 
     def _let_go(self, pl_module: LightningModule) -> None:
         forget_check(pl_module, self.state_key)
-        if self._tap is not None:
-            self._tap.remove()
-        self._tap, self._r2, self._variability, self._listens = None, None, None, False
+        if self._spread is not None:
+            self._spread.tap.remove()
+        self._spread, self._listens = None, False

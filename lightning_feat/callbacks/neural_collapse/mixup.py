@@ -14,12 +14,13 @@ from torchmetrics.classification import MulticlassCalibrationError
 from lightning_feat.functional.common.class_sums import ClassSums, class_sums, empty_class_sums, present_class_means
 from lightning_feat.functional.neural_collapse.mixup import MixSums, draw_pairs, mix_measures, mix_sums
 from lightning_feat.joints.arguments import checked
+from lightning_feat.joints.data.calls import Forward, forward_inputs
 from lightning_feat.joints.data.epoch_ends import EpochEnds, MeasuresAtEpochEnds
 from lightning_feat.joints.data.passes import clean_batches, clean_loader, hear, loader_like
 from lightning_feat.joints.data.processes import full_tensor
 from lightning_feat.joints.data.shared_pass import Again, read_clean, try_reading
 from lightning_feat.joints.data.trace import without_trace
-from lightning_feat.joints.data.ways import Forward, Ways, forward_inputs
+from lightning_feat.joints.data.ways import Ways
 from lightning_feat.joints.features.batches import TargetKey, class_indices, inputs_of, targets_of
 from lightning_feat.joints.features.nonfinite import NonfiniteWatch
 from lightning_feat.joints.features.taps import FeatureTap

@@ -4,29 +4,27 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_feat.callbacks.neural_collapse.classifier import classifier_tensors
+from lightning_feat.callbacks.neural_collapse.classifier import tell_classifier
 from lightning_feat.callbacks.neural_collapse.exact_pass import CollapseReading
+from lightning_feat.callbacks.neural_collapse.online import OnlineSums
 from lightning_feat.callbacks.neural_collapse.patterns import LAYER_RATIO, MeasurePatterns
 from lightning_feat.callbacks.neural_collapse.report import CollapseReport
 from lightning_feat.callbacks.neural_collapse.thresholds import CollapseThreshold, ThresholdWatch
 from lightning_feat.functional.common.class_sums import GlobalMean
-from lightning_feat.functional.common.looks import without_looking
-from lightning_feat.functional.grassmann import orthonormality_error
 from lightning_feat.joints.arguments import checked
+from lightning_feat.joints.data.calls import Forward
 from lightning_feat.joints.data.epoch_ends import EpochEnds, MeasuresAtEpochEnds
-from lightning_feat.joints.data.processes import repeated_rows
 from lightning_feat.joints.data.shared_pass import read_clean, try_reading
-from lightning_feat.joints.data.ways import Forward, Ways
-from lightning_feat.joints.features.batches import TargetKey, targets_of
+from lightning_feat.joints.data.ways import Ways
+from lightning_feat.joints.features.batches import TargetKey
 from lightning_feat.joints.features.labelled_taps import LabelledTaps
 from lightning_feat.joints.features.nonfinite import NonfiniteWatch
 from lightning_feat.joints.features.pooling import Pooling
 from lightning_feat.joints.features.silence import SilenceWatch
-from lightning_feat.joints.features.taps import Read, TapError
+from lightning_feat.joints.features.taps import Read
 from lightning_feat.joints.module.head_check import Asks, check_head, forget_check
 from lightning_feat.joints.run.averaging import WhichWeights
 from lightning_feat.joints.run.twins import callbacks_of, refuse_twin
-from lightning_feat.layers.grassmann import LOST, off_the_manifold
 from lightning_feat.metrics.neural_collapse import NeuralCollapse
 
 _WIDEST_SPECTRUM = 2048  # up to here a (D, D) matrix takes 34 MB, and its eigenvalues 0.7 s on one CPU core
@@ -150,7 +148,7 @@ class NeuralCollapseMonitor(MeasuresAtEpochEnds):
         self.watch = ThresholdWatch(thresholds or [])
         self.nonfinite = NonfiniteWatch("neural collapse", " and are left out of the measures")
         self.silence = SilenceWatch(self.state_key)
-        self._online: dict[str, NeuralCollapse] = {}
+        self._online = OnlineSums(self.taps, self._metric, self.silence)
         self._before: dict[str, Tensor] = {}  # NC1 of the layer before, by data
         self._warned: set[str] = set()
 
@@ -178,7 +176,8 @@ class NeuralCollapseMonitor(MeasuresAtEpochEnds):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Not in setup: before configure_model the layers may not be there, or be replaced later.
-        self._online, self._warned = {}, set()
+        self._warned = set()
+        self._online.begin()
         self.measures.begin()
         super().on_fit_start(trainer, pl_module)
         self.ways.begin()
@@ -200,8 +199,7 @@ class NeuralCollapseMonitor(MeasuresAtEpochEnds):
                     try_reading(trainer, pl_module, self, name, loader, self.taps.taps)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for metric in self._online.values():
-            metric.reset()
+        self._online.begin_epoch()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self.mode == "online":
@@ -213,27 +211,13 @@ class NeuralCollapseMonitor(MeasuresAtEpochEnds):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self.mode != "online":
-            return
-        try:
-            heard = self.taps.take(batch)
-        except TapError as error:
-            self.silence.note(error, outputs)
-            return
-        self.silence.heard()
-        for label, (features, targets, left_out) in heard.labelled.items():
-            if label not in self._online:
-                self._online[label] = self._metric(pl_module, features)
-            repeated = self._repeated(trainer, len(features), batch, batch_idx)
-            if repeated is not None and left_out is not None:
-                left_out = left_out | repeated
-            with without_looking():
-                self._online[label].update(features, targets, repeated if left_out is None else left_out)
+        if self.mode == "online":
+            self._online.take(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.mode == "online":
-            for label in (label for label in self.taps.labels if label in self._online):  # not as they were first heard
-                self._report(trainer, pl_module, self._online[label], label, "train")
+            for label, metric in self._online.by_layer():
+                self._report(trainer, pl_module, metric, label, "train")
             self.silence.end_epoch(trainer)
             self._end_round()
         else:
@@ -296,18 +280,9 @@ class NeuralCollapseMonitor(MeasuresAtEpochEnds):
         return metric.to(features.device)
 
     def _report(self, trainer: Trainer, module: LightningModule, metric: NeuralCollapse, label: str, data: str) -> None:
-        if self.taps.feeds.get(label, False) and self.taps.head is not None:
-            name, head = self.taps.head
-            classifier = classifier_tensors(head, metric.num_classes, metric.num_features)
-            if "basis" in classifier and (error := float(orthonormality_error(classifier["basis"]).max())) > LOST:
-                self._warn_once(f"{name}: {off_the_manifold(error)} What compares features with them is left out.")
-                classifier = {}
-            elif not classifier:
-                self._warn_once(
-                    f"the classifier {name}, a {type(head).__name__}, has no weight ({metric.num_classes}, "
-                    f"{metric.num_features}): what needs one (NC0, NC3, the geometry of its rows) is left out."
-                )
-            metric.set_classifier(**classifier)
+        head = self.taps.head if self.taps.feeds.get(label, False) else None
+        if head is not None and (lacking := tell_classifier(metric, *head)):
+            self._warn_once(lacking)
         values = metric.compute()
         lost = int(values.pop("nonfinite_samples"))
         if (before := self._before.get(data)) is not None:
@@ -331,13 +306,6 @@ class NeuralCollapseMonitor(MeasuresAtEpochEnds):
             self._warned.add(subject)
             rank_zero_warn(f"neural collapse: {sentence}")
 
-    def _repeated(self, trainer: Trainer, num_samples: int, batch: Any, batch_idx: int) -> Tensor | None:
-        """Which samples of this batch the sampler repeats; None where that is not so, or not known."""
-        targets = targets_of(batch, self.taps.target_key)
-        if num_samples != len(targets):
-            return None  # several views or tokens of a sample, or samples that are ignored
-        return repeated_rows(trainer, batch_idx, num_samples, targets.device)
-
     def _let_go(self) -> None:
         self.taps.remove()
-        self._online = {}
+        self._online.begin()

@@ -7,10 +7,11 @@ from torch import Tensor, nn
 
 from lightning_feat.functional.neural_collapse.regression import nrc1, nrc2, nrc3, nrc3_best_gamma, target_covariance
 from lightning_feat.joints.arguments import checked
+from lightning_feat.joints.data.calls import Forward
 from lightning_feat.joints.data.epoch_ends import EpochEnds, MeasuresAtEpochEnds
 from lightning_feat.joints.data.processes import full_tensor, gather_samples
 from lightning_feat.joints.data.shared_pass import Again, read_clean, try_reading
-from lightning_feat.joints.data.ways import Forward, Ways
+from lightning_feat.joints.data.ways import Ways
 from lightning_feat.joints.features.batches import TargetKey, targets_of
 from lightning_feat.joints.features.nonfinite import NonfiniteWatch
 from lightning_feat.joints.features.taps import FeatureTap

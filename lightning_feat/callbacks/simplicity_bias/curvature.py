@@ -12,11 +12,12 @@ from lightning_feat.callbacks.simplicity_bias.slow_pass import Criterion, losses
 from lightning_feat.functional.simplicity_bias.curvature import top_eigenvalue
 from lightning_feat.functional.simplicity_bias.sharpness import sharpness_step
 from lightning_feat.joints.arguments import checked
+from lightning_feat.joints.data.calls import Forward
 from lightning_feat.joints.data.drawn import drawn_batches
 from lightning_feat.joints.data.epoch_ends import EpochEnds, MeasuresAtEpochEnds
 from lightning_feat.joints.data.passes import hear, whole_set
 from lightning_feat.joints.data.trace import without_trace
-from lightning_feat.joints.data.ways import Forward, Ways
+from lightning_feat.joints.data.ways import Ways
 from lightning_feat.joints.features.batches import TargetKey, class_indices, targets_of
 from lightning_feat.joints.features.taps import FeatureTap
 from lightning_feat.joints.loss.hessian import Curvature

@@ -9,11 +9,12 @@ from lightning_feat.functional.common.class_sums import check_target_range
 from lightning_feat.functional.simplicity_bias.clones import gaussian_clones
 from lightning_feat.functional.simplicity_bias.epochs import next_log_step
 from lightning_feat.joints.arguments import checked
+from lightning_feat.joints.data.calls import Forward
 from lightning_feat.joints.data.drawn import drawn_batches
 from lightning_feat.joints.data.epoch_ends import EpochEnds, MeasuresAtEpochEnds
 from lightning_feat.joints.data.passes import hear, whole_set
 from lightning_feat.joints.data.trace import without_trace
-from lightning_feat.joints.data.ways import Forward, Ways
+from lightning_feat.joints.data.ways import Ways
 from lightning_feat.joints.features.batches import TargetKey, class_indices, targets_of
 from lightning_feat.joints.features.inputs import InputKey, floating_inputs, with_inputs
 from lightning_feat.joints.features.taps import FeatureTap

@@ -15,12 +15,13 @@ from lightning_feat.data.selection import Selection
 from lightning_feat.functional.common.class_sums import check_target_range
 from lightning_feat.functional.simplicity_bias.forgetting import LearningTimes, no_looks, with_look
 from lightning_feat.joints.arguments import checked
+from lightning_feat.joints.data.calls import Forward
 from lightning_feat.joints.data.epoch_ends import EpochEnds, MeasuresAtEpochEnds
 from lightning_feat.joints.data.passes import clean_loader, hear, try_first_batch, whole_set
 from lightning_feat.joints.data.processes import gather_samples
 from lightning_feat.joints.data.shared_pass import Again, read_clean
 from lightning_feat.joints.data.trace import without_trace
-from lightning_feat.joints.data.ways import Forward, Ways
+from lightning_feat.joints.data.ways import Ways
 from lightning_feat.joints.features.batches import TargetKey, class_indices, targets_of
 from lightning_feat.joints.features.taps import FeatureTap
 from lightning_feat.joints.module.head_check import check_found, forget_check

@@ -10,11 +10,12 @@ from lightning_feat.functional.common.class_sums import check_target_range
 from lightning_feat.functional.simplicity_bias.blocks import block_mask
 from lightning_feat.functional.simplicity_bias.linear_rule import LinearRule, linear_discriminant
 from lightning_feat.joints.arguments import checked
+from lightning_feat.joints.data.calls import Forward
 from lightning_feat.joints.data.drawn import drawn_batches
 from lightning_feat.joints.data.epoch_ends import EpochEnds, MeasuresAtEpochEnds
 from lightning_feat.joints.data.passes import clean_loader, try_first_batch
 from lightning_feat.joints.data.shared_pass import read_clean
-from lightning_feat.joints.data.ways import Forward, Ways
+from lightning_feat.joints.data.ways import Ways
 from lightning_feat.joints.features.batches import TargetKey, class_indices, targets_of
 from lightning_feat.joints.features.inputs import InputKey, floating_inputs
 from lightning_feat.joints.features.taps import FeatureTap

@@ -1,7 +1,9 @@
+import os
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
+from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -15,14 +17,17 @@ from lightning_feat.functional.common.class_sums import check_target_range
 from lightning_feat.functional.common.looks import values_are_at_hand
 from lightning_feat.functional.simplicity_bias.clusters import slow_examples
 from lightning_feat.functional.simplicity_bias.hard_examples import highest_losses, misclassified, random_examples
+from lightning_feat.joints.data.calls import Forward
 from lightning_feat.joints.data.pass_progress import pass_progress
 from lightning_feat.joints.data.passes import clean_batches, hear, try_first_batch
 from lightning_feat.joints.data.processes import gather_on_first
 from lightning_feat.joints.data.trace import without_trace
 from lightning_feat.joints.data.train_loader import one_train_loader
-from lightning_feat.joints.data.ways import Forward, Ways
+from lightning_feat.joints.data.ways import Ways
 from lightning_feat.joints.features.batches import TargetKey, class_indices, targets_of
 from lightning_feat.joints.features.taps import FeatureTap
+from lightning_feat.joints.run.loggers import send_file
+from lightning_feat.joints.run.spared import run_spared
 
 Choose: TypeAlias = Literal["clusters", "loss", "misclassified", "random"]
 Outputs: TypeAlias = Literal["logits", "probabilities", "features"]
@@ -259,3 +264,18 @@ def warn_of_augmentation(loader: DataLoader[Any], owner: str) -> None:
             "should be found without it: give the datamodule or module a method clean_train_dataloader that returns "
             "a loader of the same examples as they are (argument `clean` for another name)."
         )
+
+
+def write_selection(trainer: Trainer, selection: Selection, folder: str, owner: str) -> None:
+    """Write ``selection.pt`` into the folder of the run and give it to the loggers, by one process. What goes wrong is
+    a warning.
+    """
+    path = os.path.join(folder, "selection.pt")
+    try:
+        get_filesystem(path).makedirs(folder, exist_ok=True)
+        selection.save(path)
+    except OSError as error:
+        rank_zero_warn(f"{owner} could not write {path}: {error}. The checkpoint holds it too.")
+        return
+    with run_spared(owner, "give the selection to the loggers"):
+        send_file(trainer, path)

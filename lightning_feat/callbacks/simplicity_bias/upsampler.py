@@ -1,8 +1,6 @@
-import os
 from collections.abc import Callable
 from typing import Any, Literal
 
-from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -11,6 +9,7 @@ from torch.utils.data import DataLoader
 
 from lightning_feat.callbacks.data_plan import DataPlan
 from lightning_feat.callbacks.simplicity_bias.loss_knee import LossKnee
+from lightning_feat.callbacks.simplicity_bias.separating import SeparatingEpoch, When
 from lightning_feat.callbacks.simplicity_bias.slow_loss import SlowLossTerm
 from lightning_feat.callbacks.simplicity_bias.slow_pass import (
     Choose,
@@ -19,10 +18,12 @@ from lightning_feat.callbacks.simplicity_bias.slow_pass import (
     SlowPass,
     clean_training_loader,
     warn_of_augmentation,
+    write_selection,
 )
 from lightning_feat.data.plan import Length
 from lightning_feat.data.selection import Selection
 from lightning_feat.joints.arguments import checked
+from lightning_feat.joints.data.calls import Forward
 from lightning_feat.joints.data.passes import clean_loader
 from lightning_feat.joints.data.restart import (
     Beginning,
@@ -35,13 +36,10 @@ from lightning_feat.joints.data.restart import (
 )
 from lightning_feat.joints.data.samplers import processes_share
 from lightning_feat.joints.data.train_loader import one_train_loader
-from lightning_feat.joints.data.ways import Forward
 from lightning_feat.joints.features.batches import TargetKey, class_indices, targets_of
 from lightning_feat.joints.loss.engine import add_loss_term, remove_loss_term
 from lightning_feat.joints.module.head_check import check_found, forget_check
 from lightning_feat.joints.run.folder import run_folder
-from lightning_feat.joints.run.loggers import send_file
-from lightning_feat.joints.run.spared import run_spared
 
 
 class SimplicityBiasUpsampler(DataPlan):
@@ -95,7 +93,7 @@ class SimplicityBiasUpsampler(DataPlan):
     @checked
     def __init__(
         self,
-        separating_epoch: float | int | Literal["knee"] = 0.05,
+        separating_epoch: When = 0.05,
         factor: int = 2,
         restart: bool = True,
         choose: Choose = "clusters",
@@ -112,34 +110,25 @@ class SimplicityBiasUpsampler(DataPlan):
         target_key: TargetKey = None,
         forward: Forward | None = None,
     ) -> None:
-        if isinstance(separating_epoch, float) and separating_epoch >= 1 and separating_epoch.is_integer():
-            separating_epoch = int(separating_epoch)  # from YAML a whole number may come as 8.0
-        if isinstance(separating_epoch, str):
-            fits = separating_epoch == "knee"
-        else:
-            fits = separating_epoch >= 1 if isinstance(separating_epoch, int) else 0 < separating_epoch < 1
-        if not fits:
-            raise ValueError(
-                f"separating_epoch={separating_epoch!r}: give a share of the epochs between 0 and 1, a whole number of "
-                "epochs, or 'knee'."
-            )
         if show == "weights" and loader is not None:
             raise ValueError(f"{show=}, {loader=}: choose 'copies' or, with one training loader, 'weights'.")
         if factor < 2:
             raise ValueError(f"factor={factor} must be at least 2: how often a slow example is shown.")
         super().__init__(self._counts_in, length, seed, loader)
-        self.separating_epoch, self.factor, self.restart, self.show = separating_epoch, factor, restart, show
+        self.factor, self.restart, self.show = factor, restart, show
         self.clean, self.criterion, self.target_key, self.path = clean, criterion, target_key, selection
         self.look = SlowPass(layer, outputs, choose, criterion, target_key, forward, half)
         self.term = SlowLossTerm(layer, factor, criterion, target_key) if show == "weights" else None
         self.selection: Selection | None = None
         self._stage: Literal["searching", "found", "using"] = "searching"
         self.knee = LossKnee(self.look.logits, criterion, target_key)
+        self.separating = SeparatingEpoch(separating_epoch, self.knee)
+        self.separating_epoch = self.separating.given
         self._beginning: Beginning | None = None
         self._step_hooks: list[list[str]] = []  # of the first start
         self._first_weights: dict[str, Tensor] | None = None  # where a checkpoint brings them
         self._first_states: dict[str, Any] | None = None
-        self._until, self._folder = 0, ""
+        self._folder = ""
 
     @property
     def state_key(self) -> str:
@@ -180,24 +169,9 @@ class SimplicityBiasUpsampler(DataPlan):
         check_found(pl_module, self.state_key, [self.look.logits])
         if self._stage == "using":
             return
-        epochs = trainer.max_epochs or 0
-        if isinstance(self.separating_epoch, int):
-            self._until = self.separating_epoch
-        elif epochs < 1:
-            raise ValueError(
-                f"separating_epoch={self.separating_epoch!r} needs max_epochs: set it, or give a number of epochs."
-            )
-        elif isinstance(self.separating_epoch, float):
-            self._until = max(1, round(self.separating_epoch * epochs))
-        else:
-            self._until = 0
-        if 0 < epochs < self._until + (not self.restart) and not getattr(trainer, "fast_dev_run", False):
-            raise ValueError(
-                f"separating_epoch={self.separating_epoch!r} is epoch {self._until} of max_epochs={epochs}: choose an "
-                "earlier one."
-            )
+        self.separating.begin(trainer, followed=not self.restart)
         if self.restart:
-            refuse_averaging_within(trainer, self._until, self.state_key)
+            refuse_averaging_within(trainer, self.separating.until, self.state_key)
             self._beginning = Beginning(trainer, pl_module, self._first_weights, self._first_states)
             self._beginning.callbacks.pop(self.state_key, None)
 
@@ -223,7 +197,7 @@ class SimplicityBiasUpsampler(DataPlan):
                 warn_of_augmentation(clean, self.state_key)
             self.look.try_first_batch(trainer, pl_module, clean)
             # Lightning does not end an epoch again that was cut off after its last batch.
-            if 0 < self._until <= trainer.current_epoch:
+            if 0 < self.separating.until <= trainer.current_epoch:
                 self._select(trainer, pl_module, trainer.current_epoch)
         super().on_train_start(trainer, pl_module)
         self.knee.begin_epoch(pl_module.device)  # an epoch resumed in its middle does not start
@@ -255,7 +229,7 @@ class SimplicityBiasUpsampler(DataPlan):
         if self.selection is not None:
             share = self.selection.slow.float().mean().to(pl_module.device)
             pl_module.log("simplicity_bias/slow_share", share, sync_dist=True)
-        if self._stage == "searching" and self._is_time(trainer):
+        if self._stage == "searching" and self.separating.is_over(trainer):
             self._select(trainer, pl_module, trainer.current_epoch + 1)
             if self.restart:
                 return
@@ -290,7 +264,7 @@ class SimplicityBiasUpsampler(DataPlan):
 
     @property
     def _seeks_knee(self) -> bool:
-        return self.separating_epoch == "knee" and self._stage == "searching"
+        return self.separating.by_knee and self._stage == "searching"
 
     def _counts_in(self, epoch: int) -> Tensor | None:
         """The plan of an epoch."""
@@ -315,11 +289,6 @@ class SimplicityBiasUpsampler(DataPlan):
 
         return run
 
-    def _is_time(self, trainer: Trainer) -> bool:
-        if not self._seeks_knee:
-            return trainer.current_epoch + 1 >= self._until
-        return self.knee.reached(trainer)
-
     def _select(self, trainer: Trainer, module: LightningModule, epochs: int) -> None:
         size = len(one_train_loader(trainer, self.loader).dataset)
         clean = self._clean(trainer, module)
@@ -334,15 +303,7 @@ class SimplicityBiasUpsampler(DataPlan):
         else:
             self._use()
         if trainer.is_global_zero and self._folder:
-            path = os.path.join(self._folder, "selection.pt")
-            try:
-                get_filesystem(path).makedirs(self._folder, exist_ok=True)
-                self.selection.save(path)
-            except OSError as error:
-                rank_zero_warn(f"{self.state_key} could not write {path}: {error}. The checkpoint holds it too.")
-                return
-            with run_spared(self.state_key, "give the selection to the loggers"):
-                send_file(trainer, path)
+            write_selection(trainer, self.selection, self._folder, self.state_key)
 
     def _use(self) -> None:
         self._stage = "using"

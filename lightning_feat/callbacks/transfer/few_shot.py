@@ -11,10 +11,11 @@ from lightning_feat.functional.common.class_sums import class_sums
 from lightning_feat.functional.neural_collapse import class_distance_normalized_variance
 from lightning_feat.functional.transfer.few_shot import FewShotError, few_shot_error, few_shot_error_bound
 from lightning_feat.joints.arguments import checked
+from lightning_feat.joints.data.calls import Forward
 from lightning_feat.joints.data.epoch_ends import EpochEnds, MeasuresAtEpochEnds
 from lightning_feat.joints.data.samples import Samples, loaders_of, try_parts
 from lightning_feat.joints.data.shared_pass import read_clean
-from lightning_feat.joints.data.ways import Forward, Ways
+from lightning_feat.joints.data.ways import Ways
 from lightning_feat.joints.features.batches import TargetKey
 from lightning_feat.joints.features.nonfinite import NonfiniteWatch
 from lightning_feat.joints.features.pooling import Pooling

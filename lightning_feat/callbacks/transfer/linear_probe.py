@@ -15,10 +15,11 @@ from lightning_feat.functional.transfer.probe import (
     linear_probe,
 )
 from lightning_feat.joints.arguments import checked
+from lightning_feat.joints.data.calls import Forward
 from lightning_feat.joints.data.epoch_ends import EpochEnds, MeasuresAtEpochEnds
 from lightning_feat.joints.data.samples import Loaders, Samples, loaders_of, try_parts
 from lightning_feat.joints.data.shared_pass import read_clean
-from lightning_feat.joints.data.ways import Forward, Ways
+from lightning_feat.joints.data.ways import Ways
 from lightning_feat.joints.features.batches import TargetKey
 from lightning_feat.joints.features.nonfinite import NonfiniteWatch
 from lightning_feat.joints.features.pooling import Pooling

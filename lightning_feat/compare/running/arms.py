@@ -197,7 +197,7 @@ def as_arms(arms: Mapping[str, Callable[..., Any] | Arm] | Sequence[Arm], elsewh
         if elsewhere:
             try:
                 pickle.dumps(given)
-            except Exception as error:
+            except Exception as error:  # whatever a class raises that cannot be pickled
                 raise ValueError(
                     f"arm {name!r} cannot be sent to another process ({error}): define the function at the top of a "
                     "file, without lambda, or give executor='inline'."

@@ -112,7 +112,7 @@ class InThisProcess(concurrent.futures.Executor):
         future: concurrent.futures.Future[Any] = concurrent.futures.Future()
         try:
             future.set_result(function(*args, **kwargs))
-        except Exception as error:
+        except Exception as error:  # a future holds what its function raised, and raises it where it is asked
             future.set_exception(error)
         return future
 

@@ -46,7 +46,7 @@ def perform(task: Task) -> str:
                 if task.only_build:
                     shutil.rmtree(partial)
                     raise _OnlyBuilt
-            except Exception as error:
+            except Exception as error:  # of the user's run: told in its log and status, and the others go on
                 traceback.print_exc()
                 status["error"] = f"{type(error).__name__}: {' '.join(str(error).split())}"
         write_json(partial / "status.json", status)

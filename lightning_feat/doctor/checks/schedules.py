@@ -111,7 +111,7 @@ def _lengths(trainer: Trainer, plan: DataPlan | None, loaders: list[Any], batche
     ends = []
     for grown in (len(loader) + 1, len(loader) * plan.factor):  # few are slow, or all are
         longer = _limited(trainer, grown)
-        begins = 0 if plan.restart else max(plan._until, 1)
+        begins = 0 if plan.restart else max(plan.separating.until, 1)
         ends.append(total([int(batches)] * begins + [longer] * (epochs - begins), longer if plan.restart else None))
     return ends
 

@@ -1,5 +1,6 @@
 """At the end of which epochs a callback measures, and how it catches up when the run ends in another."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
@@ -77,7 +78,7 @@ def back_in_last_epoch(trainer: Trainer, module: LightningModule) -> Iterator[No
         loop._batches_that_stepped += 1
 
 
-class MeasuresAtEpochEnds(Callback):
+class MeasuresAtEpochEnds(Callback, ABC):
     """The hooks of a callback that measures at the end of epochs; what it measures is ``_measure``.
 
     Attributes:
@@ -89,8 +90,9 @@ class MeasuresAtEpochEnds(Callback):
     ends: EpochEnds
     weights: WhichWeights
 
+    @abstractmethod
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        raise NotImplementedError
+        """At the end of such an epoch, on all processes, with these weights in the network."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.ends.begin()

@@ -19,9 +19,10 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from lightning_feat.joints.data.calls import Forward, forward_inputs
 from lightning_feat.joints.data.samplers import is_plain, processes_share, sampler_of
 from lightning_feat.joints.data.trace import without_trace
-from lightning_feat.joints.data.ways import Forward, Ways, forward_inputs
+from lightning_feat.joints.data.ways import Ways
 from lightning_feat.joints.features.taps import FeatureTap
 
 

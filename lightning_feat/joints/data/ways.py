@@ -6,12 +6,10 @@ eval mode and without a trace, and what the tapped layers put out is compared wi
 the network; where there is no step to ask and the calls differ, the user is asked.
 """
 
-import inspect
 import itertools
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,89 +17,16 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
+from lightning_feat.joints.data.calls import Forward, OwnStep, name_of, usual_calls
 from lightning_feat.joints.data.trace import remember
-from lightning_feat.joints.features.batches import TARGET_NAMES, describe, inputs_of
+from lightning_feat.joints.features.batches import describe
 from lightning_feat.joints.features.taps import FeatureTap, TapError
 from lightning_feat.joints.module.wraps import overrides
-
-Forward: TypeAlias = Callable[[LightningModule, Any], Any]
 
 IN_YAML = (
     "give forward=, a function forward(module, batch) that runs it; in YAML as a dotted path, "
     "`forward: my_package.my_file.run_network`"
 )
-
-
-def forward_inputs(module: LightningModule, batch: Any) -> Any:
-    """The usual forward pass: ``module(inputs)``, with the first entry of a tuple or list, or with the whole batch."""
-    return module(inputs_of(batch))
-
-
-@dataclass(frozen=True)
-class LeadingEntries:
-    """``module(batch[0], ..., batch[n - 1])``."""
-
-    n: int
-
-    def __call__(self, module: LightningModule, batch: Any) -> Any:
-        return module(*batch[: self.n])
-
-    def __str__(self) -> str:
-        return f"module({', '.join(f'batch[{i}]' for i in range(self.n))})"
-
-
-@dataclass(frozen=True)
-class UnpackedInputs:
-    """``module(*batch[0])``."""
-
-    def __call__(self, module: LightningModule, batch: Any) -> Any:
-        return module(*inputs_of(batch))
-
-    def __str__(self) -> str:
-        return "module(*batch[0])"
-
-
-@dataclass(frozen=True)
-class NamedEntries:
-    """``module(name=batch["name"], ...)``."""
-
-    names: tuple[str, ...]
-
-    def __call__(self, module: LightningModule, batch: Any) -> Any:
-        return module(**{name: batch[name] for name in self.names})
-
-    def __str__(self) -> str:
-        return f"module({', '.join(f'{name}=...' for name in self.names)})"
-
-
-@dataclass(frozen=True)
-class OneEntry:
-    """``module(batch["name"])``."""
-
-    name: Any
-
-    def __call__(self, module: LightningModule, batch: Any) -> Any:
-        return module(batch[self.name])
-
-    def __str__(self) -> str:
-        return f"module(batch[{self.name!r}])"
-
-
-@dataclass(frozen=True)
-class OwnStep:
-    """A step of the module itself, as its class has it: without what callbacks have put around."""
-
-    name: str
-
-    def __call__(self, module: LightningModule, batch: Any) -> Any:
-        step = getattr(type(module), self.name)
-        kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        parameters = [p for p in inspect.signature(step).parameters.values() if p.kind in kinds][2:]
-        more = [0 for p in parameters if p.default is p.empty]  # batch_idx and dataloader_idx, whatever their names
-        return step(module, batch, *more)
-
-    def __str__(self) -> str:
-        return self.name
 
 
 def find_way(
@@ -130,7 +55,7 @@ def find_way(
         ValueError: if there is no way, or several that differ; the message says how to give one.
     """
     tries = _Tries(trainer, module, batch, taps)
-    calls = [*([] if first is None or isinstance(first, OwnStep) else [first]), *_calls(module, batch)]
+    calls = [*([] if first is None or isinstance(first, OwnStep) else [first]), *usual_calls(module, batch)]
     step, truth = _own_step(tries, module) if steps else (None, None)
     usual = next((features for way in calls if (features := tries.features(way)) is not None), None)
     if step is not None and truth is not None and (usual is None or _fit(truth, usual)):
@@ -154,11 +79,6 @@ def find_way(
             f"on {describe(batch)}, and give different features, and no step of the module could be asked: {IN_YAML}."
         )
     return working[0]
-
-
-def name_of(way: Forward) -> str:
-    """The call, as one writes it."""
-    return "module(inputs)" if way is forward_inputs else str(way)
 
 
 class _Tries:
@@ -221,31 +141,6 @@ def _own_step(tries: _Tries, module: LightningModule) -> tuple[Forward | None, l
                 continue
         return step, features
     return None, None
-
-
-def _calls(module: LightningModule, batch: Any) -> Iterator[Forward]:
-    """The usual calls of ``forward`` that fit the form of the batch, the simplest first."""
-    if not overrides(module, "forward"):
-        return
-    yield forward_inputs
-    parameters = inspect.signature(module.forward).parameters.values()
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    any_number = any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters)
-    most = len([p for p in parameters if p.kind in kinds])
-    if isinstance(batch, Mapping):
-        any_name = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
-        known = {p.name for p in parameters if p.kind is not inspect.Parameter.POSITIONAL_ONLY}
-        names = tuple(name for name in batch if isinstance(name, str) and (any_name or name in known))
-        if names:
-            yield NamedEntries(names)
-        for name, entry in batch.items():
-            if isinstance(entry, Tensor) and entry.ndim > 1 and name not in TARGET_NAMES:
-                yield OneEntry(name)
-    elif isinstance(batch, (tuple, list)) and batch:
-        if isinstance(batch[0], (tuple, list)) and (any_number or len(batch[0]) <= most):
-            yield UnpackedInputs()
-        for n in range(2, (len(batch) if any_number else min(most, len(batch))) + 1):
-            yield LeadingEntries(n)
 
 
 def _same(features: list[Tensor] | None, others: list[Tensor]) -> bool:

@@ -1,5 +1,6 @@
 """The hooks of a callback that brings parameters along."""
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -12,14 +13,14 @@ from lightning_feat.joints.run.averaging import refuse_averaging_before, refuse_
 _WATCHED_BATCHES = 4  # of each epoch: callbacks that thaw layers make groups where an epoch or a fit begins
 
 
-class BringsParameters(Callback):
+class BringsParameters(Callback, ABC):
     """Keeps own parameters in checkpoints, in averages and in the optimizer. Subclasses say which there are, and adopt
     and release them.
     """
 
+    @abstractmethod
     def brought(self) -> tuple[str, nn.Module] | None:
         """The key and the module that was adopted under it; None if there is none."""
-        raise NotImplementedError
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit" and self.brought() is not None:

@@ -10,9 +10,10 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_feat.functional.feature_shift import relative_shift
+from lightning_feat.joints.data.calls import Forward
 from lightning_feat.joints.data.passes import clean_batches, clean_loader, run_forward
 from lightning_feat.joints.data.trace import without_trace
-from lightning_feat.joints.data.ways import Forward, Ways
+from lightning_feat.joints.data.ways import Ways
 from lightning_feat.joints.features.batches import TargetKey, targets_of
 from lightning_feat.joints.features.pooling import Pooling
 from lightning_feat.joints.features.taps import Read

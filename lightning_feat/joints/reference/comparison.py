@@ -1,5 +1,6 @@
 """Features of some layers beside those of their reference."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -37,7 +38,54 @@ class Compared(NamedTuple):
     mask: Tensor | None = None  # (R,) which of them count, None for all
 
 
-class Comparison:
+class Listening(ABC):
+    """What hears features in a step and their reference, as one: put in place and taken away together."""
+
+    reference: Any
+
+    @property
+    @abstractmethod
+    def all_taps(self) -> list[FeatureTap]:
+        """What must listen in a step, and be attached before."""
+
+    @property
+    def frozen(self) -> FrozenStart | None:
+        """The reference, where it is a frozen copy of the start."""
+        return self.reference if isinstance(self.reference, FrozenStart) else None
+
+    def attach(self, module: LightningModule, like: FrozenStart | None = None) -> None:
+        """Put all taps in place, and the frozen copy, which may be shared with ``like``."""
+        for tap in self.all_taps:
+            if self.frozen is None or tap is not self.frozen.calls:
+                tap.attach(module)
+        if self.frozen is not None:
+            self.frozen.attach(module, like)
+
+    def listen(self) -> None:
+        """From the start of a batch."""
+        for part in self._parts():
+            part.listen()
+
+    def hold(self) -> None:
+        """When the features of the batch are there."""
+        for part in self._parts():
+            part.hold()
+
+    def drop(self) -> None:
+        """Forget what the taps have heard."""
+        for tap in self.all_taps:
+            tap.drop()
+
+    def remove(self) -> None:
+        """Take all away again."""
+        for part in self._parts():
+            part.remove()
+
+    def _parts(self) -> list[Any]:
+        return [*self.all_taps, *([] if self.frozen is None else [self.frozen])]
+
+
+class Comparison(Listening):
     """Taps on some layers, and a reference to compare them with.
 
     Args:
@@ -64,7 +112,6 @@ class Comparison:
 
     @property
     def all_taps(self) -> list[FeatureTap]:
-        """What must listen in a step, and be attached before."""
         return [*self.taps, *([self.reference.calls] if isinstance(self.reference, FrozenStart) else [])]
 
     def take(self, module: LightningModule, batch: Any) -> dict[str, Compared]:

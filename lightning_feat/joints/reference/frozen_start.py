@@ -8,8 +8,9 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
+from lightning_feat.joints.data.calls import Forward, forward_inputs
 from lightning_feat.joints.data.trace import silent_log, without_trace
-from lightning_feat.joints.data.ways import Forward, Ways, forward_inputs
+from lightning_feat.joints.data.ways import Ways
 from lightning_feat.joints.features.heads import forget_compiled_code
 from lightning_feat.joints.features.pooling import Pooling
 from lightning_feat.joints.features.taps import Ear, FeatureTap, Read, TapError, find_layer

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from lightning_feat.joints.clip.placing import Placed
 from lightning_feat.joints.clip.towers import find_clip_towers
-from lightning_feat.joints.data.ways import Forward
+from lightning_feat.joints.data.calls import Forward
 from lightning_feat.joints.features.batches import inputs_of
 from lightning_feat.joints.features.taps import FeatureTap
-from lightning_feat.joints.reference.comparison import Compared
+from lightning_feat.joints.reference.comparison import Compared, Listening
 from lightning_feat.joints.reference.frozen_start import FrozenStart
 from lightning_feat.joints.reference.hearing import AskedTap, DeafTap
 from lightning_feat.joints.reference.without_prompts import BringsPrompts, WithoutPrompts, are_equal
@@ -20,7 +20,7 @@ from lightning_feat.joints.reference.without_prompts import BringsPrompts, Witho
 _KINDS: tuple[Literal["text"], Literal["image"]] = ("text", "image")
 
 
-class TowerComparison:
+class TowerComparison(Listening):
     """Taps on blocks of two towers, and what they are compared with: their start, or the towers without prompts.
 
     Only tokens that mean the same in both count: of texts SOS, words and EOS, not the slots of prompts nor the padding;
@@ -60,7 +60,6 @@ class TowerComparison:
 
     @property
     def all_taps(self) -> list[FeatureTap]:
-        """What must listen in a step, and be attached before."""
         reference = self.reference
         last = reference.calls if isinstance(reference, FrozenStart) else DeafTap(reference)
         return [*self.text, *self.image, self.ids, last]

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from lightning_feat.joints.data.ways import Forward
+from lightning_feat.joints.data.calls import Forward
 from lightning_feat.joints.features.batches import inputs_of
 from lightning_feat.joints.features.taps import FeatureTap
 from lightning_feat.joints.reference.hearing import precision_of, silence

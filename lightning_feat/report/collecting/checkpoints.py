@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_feat.joints.data.ways import Ways
 from lightning_feat.report.collecting.collect import Budget, Collecting, run_pass, source_of
@@ -89,12 +90,12 @@ def collect_checkpoints(question: Question) -> Found | None:
     """
     trainer, module, data = build(question.arguments)
     sets: list[tuple[int, str, FeatureSet]] = []
-    for path in question.checkpoints:
+    for age, path in zip(_ages(question.checkpoints), question.checkpoints, strict=True):
         name = "the first weights" if path is None else Path(path).name
         made = _collect(trainer, module, data, path, question)
         if made is not None:
             made.source = f"{name}, {question.data} data"
-            sets.append((-1 if path is None else _step_of(path), name, made))
+            sets.append((age, name, made))
         elif trainer.is_global_zero:
             raise ValueError(
                 f"the {question.data} data gave fewer than two samples that have a target: nothing to show."
@@ -167,15 +168,30 @@ def _loader(trainer: Trainer, module: LightningModule, data: Any, name: str) -> 
     return made
 
 
-def _step_of(path: str) -> int:
-    """Optimizer steps that a checkpoint has behind it."""
-    if Path(path).is_dir():  # of a sharded strategy
-        return 0
+def _ages(checkpoints: Sequence[str | None]) -> list[int]:
+    """Numbers that grow along the run: the optimizer steps that checkpoints have behind them. Where one does not say,
+    which is told, they are taken to be given from the latest to the earliest.
+    """
+    steps = [-1 if path is None else _step_of(path) for path in checkpoints]
+    known = [step for step in steps if step is not None]
+    if len(known) == len(steps):
+        return known
+    if len(steps) > 1:
+        unknown = ", ".join(str(path) for path, step in zip(checkpoints, steps, strict=True) if step is None)
+        rank_zero_warn(
+            f"how many steps {unknown} has behind it cannot be read, as it is sharded or holds other objects than "
+            "tensors and numbers: the checkpoints are taken to be given from the latest to the earliest."
+        )
+    return [-place for place in range(len(steps))]
+
+
+def _step_of(path: str) -> int | None:
+    """Optimizer steps that a checkpoint has behind it; None where it does not say."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception:  # it holds objects of the user, or is of an older format: it is not told how old it is
-        return 0
-    return int(checkpoint.get("global_step", 0))
+        step = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"]
+    except Exception:  # whatever a file raises that is a folder, holds objects of the user or is of another format
+        return None
+    return int(step)
 
 
 def _bar(trainer: Trainer, total: int) -> Any:

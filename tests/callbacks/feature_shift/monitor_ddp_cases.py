@@ -16,7 +16,8 @@ from lightning_feat.callbacks.feature_shift.regularizer import FeatureShiftRegul
 from lightning_feat.data import IndexedDataset
 from lightning_feat.functional.feature_shift import relative_shift
 from lightning_feat.joints.clip.towers import find_clip_towers
-from lightning_feat.layers.feature_shift.prompts import DeepPrompts, insert_prompts
+from lightning_feat.layers.feature_shift.prompt_hooks import insert_prompts
+from lightning_feat.layers.feature_shift.prompts import DeepPrompts
 from tests.helpers import points
 from tests.joints import ddp_cases
 from tests.joints.ddp_cases import Momentum, fit, flat

@@ -7,7 +7,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_feat.callbacks.feature_shift.prompts import PromptLearner
 from lightning_feat.joints.clip.towers import find_clip_towers
-from lightning_feat.layers.feature_shift.prompts import DeepPrompts, insert_prompts
+from lightning_feat.layers.feature_shift.prompt_hooks import insert_prompts
+from lightning_feat.layers.feature_shift.prompts import DeepPrompts
 from lightning_feat.layers.feature_shift.surgery import SurgeryBlock, attach_surgery
 from tests.helpers import EMAWeightAveraging, equal, trainer, weights
 from tests.joints.clip import models as clip_models

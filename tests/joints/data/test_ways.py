@@ -359,7 +359,7 @@ def test_what_is_tried_before_training_is_in_no_number(tmp_path):
 
     class Looks(pl.Callback):
         def on_train_start(self, trainer, pl_module):  # an epoch resumed in its middle resets nothing
-            heard.append(float(monitor._heard))
+            heard.append(monitor._spread.lost(trainer)[1])
 
     trainer(tmp_path, callbacks=[GrassmannHead(2), monitor, Looks()]).fit(Plain(), loader(), loader(16))
     assert heard == [0.0]

@@ -13,7 +13,8 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_feat.joints.clip.towers import find_clip_towers
-from lightning_feat.layers.feature_shift.prompts import DeepPrompts, insert_prompts
+from lightning_feat.layers.feature_shift.prompt_hooks import insert_prompts
+from lightning_feat.layers.feature_shift.prompts import DeepPrompts
 from lightning_feat.layers.feature_shift.surgery import SurgeryBlock, attach_surgery
 from tests.joints.clip.models import enlarge, images, logits, make, texts
 

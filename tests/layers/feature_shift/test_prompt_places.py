@@ -9,7 +9,8 @@ import torch
 from lightning_feat.joints.clip.hooks import installed_on
 from lightning_feat.joints.clip.towers import find_clip_towers
 from lightning_feat.joints.reference.tower_comparison import _TokenTap
-from lightning_feat.layers.feature_shift.prompts import DeepPrompts, insert_prompts
+from lightning_feat.layers.feature_shift.prompt_hooks import insert_prompts
+from lightning_feat.layers.feature_shift.prompts import DeepPrompts
 from tests.joints.clip.models import EOS, LIBRARIES, READERS, SIZE, enlarge, features, make, reader
 
 pytest.importorskip("open_clip")

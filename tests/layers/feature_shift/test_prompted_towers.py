@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from lightning_feat.joints.clip.towers import find_clip_towers
-from lightning_feat.layers.feature_shift.prompts import DeepPrompts, insert_prompts
+from lightning_feat.layers.feature_shift.prompt_hooks import insert_prompts
+from lightning_feat.layers.feature_shift.prompts import DeepPrompts
 from tests.joints.clip.models import EOS, READERS, SIZE, enlarge, features, make, reader
 
 pytest.importorskip("open_clip")

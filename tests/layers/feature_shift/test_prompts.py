@@ -11,7 +11,8 @@ from torch.nn.functional import cross_entropy
 
 from lightning_feat.functional.feature_shift.prompt_gram import gram_norm
 from lightning_feat.joints.clip.towers import find_clip_towers, remove_hooks
-from lightning_feat.layers.feature_shift.prompts import DeepPrompts, insert_prompts
+from lightning_feat.layers.feature_shift.prompt_hooks import insert_prompts
+from lightning_feat.layers.feature_shift.prompts import DeepPrompts
 from tests.joints.clip import models as clip_models
 from tests.joints.clip.models import (
     BLOCKS,

@@ -25,9 +25,7 @@ from lightning_feat.functional.neural_collapse import (
 from lightning_feat.functional.neural_collapse.measures import GROWS_WITH_COLLAPSE
 from lightning_feat.joints.arguments import checked
 from lightning_feat.metrics.common import ClassSumsMetric
-
-_NEED_MOMENT = {"vci", "nc1_pinv_over_k"}
-_NEED_RESIDUALS = {"nc1_pinv_over_k", "nc1_pinv_over_k_balanced", "ncc_accuracy", "nc4_mismatch"}
+from lightning_feat.metrics.neural_collapse.needs import NEED_RESIDUALS, how_to_know, why_undefined
 
 
 class ClassDistanceNormalizedVariance(ClassSumsMetric):
@@ -258,11 +256,13 @@ class NeuralCollapse(ClassSumsMetric):
         )
         if has_residuals and self._has_other_samples():
             values = self._without_residuals(values)
-        self._say_what_is_undefined(values)
+        if why := why_undefined(values, self.counts, self.num_features):
+            self._say(f"neural collapse: {why}")
         if not isinstance(self.measures, str):
             return {**values, "nonfinite_samples": self.nonfinite}
         if self.measures not in values:
-            raise RuntimeError(f"{self.measures} is not known yet: {self._what_it_needs(self.measures)}")
+            sizes = self.num_classes, self.num_features, self.second_moment
+            raise RuntimeError(f"{self.measures} is not known yet: {how_to_know(self.measures, *sizes)}")
         return values[self.measures]
 
     def _has_other_samples(self) -> bool:
@@ -277,39 +277,14 @@ class NeuralCollapse(ClassSumsMetric):
             f"neural collapse: the second pass has had {float(self.samples):g} samples, the first "
             f"{float(self.counts.sum()):g}. What needs it is nan: run it over the same samples."
         )
-        spoilt = _NEED_RESIDUALS | {"nc1_quotient", "nc1_quotient_balanced", "cdnv", "cdnv_worst_pair"}
+        spoilt = NEED_RESIDUALS | {"nc1_quotient", "nc1_quotient_balanced", "cdnv", "cdnv_worst_pair"}
         spoilt |= {"vci"} if self.within_scatter else set()
         return {name: torch.full_like(value, torch.nan) if name in spoilt else value for name, value in values.items()}
-
-    def _say_what_is_undefined(self, values: dict[str, Tensor]) -> None:
-        samples, seen = float(self.counts.sum()), int((self.counts > 0).sum())
-        if 0 < samples <= seen and values.keys() & {"nc1_quotient", "cdnv", "nc1_pinv_over_k"}:
-            self._say(
-                f"neural collapse: {samples:g} samples of {seen} classes, none with two: no spread within classes is "
-                "known, and NC1 and CDNV are nan."
-            )
-        elif "vci" in values and values["vci"].isnan() and seen < samples <= self.num_features + 1:
-            self._say(
-                f"neural collapse: vci is nan, as a linear probe on {self.num_features} features fits any {samples:g} "
-                f"samples. It needs more than {self.num_features + 1}, and ten times as many to be right to a tenth."
-            )
 
     def _say(self, sentence: str) -> None:
         if sentence not in self._said:
             self._said.add(sentence)
             rank_zero_warn(sentence)
-
-    def _what_it_needs(self, name: str) -> str:
-        if name in _NEED_MOMENT and not self.second_moment:
-            return "set second_moment=True, or run a second pass" + (" with within_scatter=True" * (name == "vci"))
-        if name in _NEED_RESIDUALS:
-            logits = ", with the logits" if name == "nc4_mismatch" else ""
-            return f"run over the samples again after start_second_pass(){logits}"
-        if name in ("nc2_etf_error", "nc2_equiangularity", "nc2_weight_etf_error", "nc2_weight_equiangularity"):
-            fits = self.num_features >= self.num_classes - 1
-            if not fits:
-                return f"no simplex of {self.num_classes} classes fits {self.num_features} features"
-        return "give the classifier by set_classifier()"
 
     def reset(self) -> None:
         """Forget all samples and the centers, and keep the classifier."""
