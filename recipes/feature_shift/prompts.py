@@ -34,6 +34,7 @@ from lightning_feat.callbacks import FeatureShiftMonitor, FeatureShiftRegularize
 from lightning_feat.data.captioned_digits import CaptionedDigitsDataModule
 
 COLOURS = ("#000000", "#0072B2", "#56B4E9", "#009E73", "#D55E00", "#E69F00", "#CC79A7", "#999999")
+MARKS = "os^vDPX<"  # with the colours, so that a copy in grey can be read
 DEPTH, LENGTH, BATCH_SIZE, EPOCHS = 3, 2, 16, 10  # all blocks of the small towers; nine of twelve in the paper
 RATES = (0.001, 0.004, 0.014)  # the last is the paper's 0.0035 for batches of 4
 
@@ -195,17 +196,31 @@ def table(rows: list[dict[str, Any]], start: dict[str, float]) -> str:
 
 
 def draw(rows: list[dict[str, Any]], start: dict[str, float], path: Path) -> None:
-    """Base against novel accuracy, and novel accuracy against the discrepancy of the towers' shifts."""
+    """Base against novel accuracy, and novel accuracy against the discrepancy of the towers' shifts. Runs that diverged
+    lie far below, at chance: the legend counts them.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8.4, 3.6), layout="constrained")
+    figure = Figure(figsize=(8.4, 3.9), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for (name, method), colour in zip(METHODS.items(), COLOURS, strict=False):
-        runs = [row for row in rows if row["method"] == name and math.isfinite(row["discrepancy"])]
+    for (name, method), colour, mark in zip(METHODS.items(), COLOURS, MARKS, strict=False):
+        every = [row for row in rows if row["method"] == name]
+        runs = [row for row in every if math.isfinite(row["discrepancy"])]
+        lost = f", without {len(every) - len(runs)} diverged" if len(runs) < len(every) else ""
+        title = method.title.replace(", ", ",\n", 1) + lost
+        style: dict[str, Any] = {"marker": mark, "edgecolors": "white", "linewidths": 0.8, "zorder": 3}
         for axes, x in ((left, "base"), (right, "discrepancy")):
-            axes.scatter([r[x] for r in runs], [r["novel"] for r in runs], s=9, color=colour, alpha=0.4, linewidths=0)
+            axes.scatter(
+                [r[x] for r in runs],
+                [r["novel"] for r in runs],
+                s=11,
+                color=colour,
+                marker=mark,
+                alpha=0.4,
+                linewidths=0,
+            )
             mean = statistics.mean(r[x] for r in runs), statistics.mean(r["novel"] for r in runs)
-            axes.scatter(*mean, s=60, color=colour, label=method.title, edgecolors="white", linewidths=0.8, zorder=3)
+            axes.scatter(*mean, s=60, color=colour, label=title, **style)
     left.scatter(start["base"], start["novel"], marker="*", s=110, color="#444444", label="zero-shot", zorder=3)
     right.axhline(start["novel"], color="#444444", linewidth=0.8, linestyle=":", label="zero-shot")
     left.set_xlabel("accuracy on base classes (%)", fontsize=9)
