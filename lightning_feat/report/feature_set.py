@@ -125,9 +125,8 @@ class FeatureSet:
     @cached_property
     def num_classes(self) -> int:
         """C, by targets, logits and names."""
-        if self.kind != "classes":
+        if self.targets is None or self.kind != "classes":
             return 0
-        assert self.targets is not None
         seen = int(self.targets.max()) + 1 if len(self.targets) else 0
         scores = self.class_scores
         return max(seen, 0 if scores is None else scores.shape[1])

@@ -143,8 +143,6 @@ def test_checkpoints_are_ordered_by_their_steps_and_as_given_where_one_does_not_
     content = torch.load(paths[0], weights_only=False)
     content["thing"] = Thing()
     torch.save(content, tmp_path / "with_thing.ckpt")
-    with pytest.warns(
-        UserWarning, match="with_thing.ckpt has behind it cannot be read.*from the latest"
-    ):
+    with pytest.warns(UserWarning, match="with_thing.ckpt has behind it cannot be read.*from the latest"):
         assert _ages([str(tmp_path / "with_thing.ckpt"), paths[1]]) == [0, -1]
     assert _ages([None, paths[1]])[0] == -1

@@ -145,7 +145,7 @@ class FeatureReport(MeasuresAtEpochEnds):
         try_first_batch(trainer, pl_module, clean, self.data, self.ways, self.ears.all_taps)
         self._source = source_of(trainer, loader, self.data, self.budget)
         if self.from_start and trainer.global_step == 0:
-            self._start = self._collected(trainer, pl_module, shared=False)
+            self._start = self._collected(trainer, pl_module, self._source, shared=False)
             if self._start is not None:
                 self._start.source = "the start of the training"
                 self._learned.note(self._start, "the start")
@@ -164,7 +164,8 @@ class FeatureReport(MeasuresAtEpochEnds):
 
     def new_reading(self, trainer: Trainer, module: LightningModule, name: str) -> Collecting:
         """For ``shared_pass``."""
-        assert self._source is not None
+        if self._source is None:
+            raise RuntimeError("the report reads only while fitting.")
         return Collecting(trainer, module, self.ears, self._source, self.budget)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -182,22 +183,23 @@ class FeatureReport(MeasuresAtEpochEnds):
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._source is None:
             self._source = source_of(trainer, self._loader(trainer), self.data, self.budget)
-        made = self._collected(trainer, pl_module)
+        made = self._collected(trainer, pl_module, self._source)
         if made is not None:
             made.source = f"{self.data} data after epoch {trainer.current_epoch + 1}"
             self._learned.note(made, f"epoch {trainer.current_epoch + 1}")
         self._last = made
 
-    def _collected(self, trainer: Trainer, module: LightningModule, shared: bool = True) -> FeatureSet | None:
+    def _collected(
+        self, trainer: Trainer, module: LightningModule, source: Source, shared: bool = True
+    ) -> FeatureSet | None:
         """After a pass; None on all processes but the first."""
-        assert self._source is not None
-        if shared and self._source.whole:
+        if shared and source.whole:
             reading: Collecting = read_clean(trainer, module, self, self.data, self._loader(trainer))
         else:
             reading = self.new_reading(trainer, module, self.data)
             with pass_progress(trainer) as progress:
-                progress.start(f"{reading.title}, {self.data} data", len(self._source.loader))
-                run_pass(trainer, module, self._source, self.data, self.ways, reading, progress.step)
+                progress.start(f"{reading.title}, {self.data} data", len(source.loader))
+                run_pass(trainer, module, source, self.data, self.ways, reading, progress.step)
         made: FeatureSet | None = None
         with run_spared("FeatureReport", "make something of the features"):
             made = reading.result()

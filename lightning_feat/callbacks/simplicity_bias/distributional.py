@@ -178,9 +178,7 @@ class DistributionalSimplicityMonitor(MeasuresAtEpochEnds):
             for examples in self._own(trainer):
                 for kind, batch in enumerate(examples.kinds(self.input_key)):
                     moved = move_data_to_device(batch, module.device)
-                    way = self.ways.of(self.data)
-                    assert way is not None
-                    (logits,) = hear(trainer, module, moved, [self.logits], way)
+                    (logits,) = hear(trainer, module, moved, [self.logits], self.ways.known(self.data))
                     sums[kind] += right_and_all(logits, examples.targets).cpu()
         total: Tensor = trainer.strategy.reduce(sums.float().to(module.device), reduce_op="sum")
         accuracy = (total[:, 0] / total[:, 1]).tolist()

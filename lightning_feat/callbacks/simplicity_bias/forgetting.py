@@ -166,10 +166,8 @@ class ForgettingMonitor(MeasuresAtEpochEnds):
     def _check_first(self, trainer: Trainer, module: LightningModule, batch: Any) -> None:
         targets = targets_of(batch, self.target_key)
         class_indices(targets, targets.numel(), f"the targets of {self.state_key}")
-        way = self.ways.of(_DATA)
-        assert way is not None
         with without_trace(trainer, module):
-            (logits,) = hear(trainer, module, batch, [self.logits], way)
+            (logits,) = hear(trainer, module, batch, [self.logits], self.ways.known(_DATA))
         if len(logits) != targets.numel():
             raise ValueError(
                 f"{self.state_key}: {len(logits)} rows of logits for {targets.numel()} examples, but one of each is "
@@ -197,12 +195,12 @@ class ForgettingMonitor(MeasuresAtEpochEnds):
         before = no_looks(len(reading.right)) if self.times is None else self.times
         self._labelled = reading.labelled
         self.times = with_look(before, reading.right, look)
-        for name, value in self._values(trainer).items():
+        for name, value in self._values(trainer, self.times).items():
             # All processes have the same value; sync_dist only spares the reader a warning from Lightning.
             pl_module.log(f"forgetting/{name}", value.float().to(pl_module.device), sync_dist=True)
         if trainer.is_global_zero and self._folder:
             with run_spared(self.state_key, "write forgetting.npz", self._said):
-                self._write(trainer)
+                self._write(trainer, self.times)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero and self._folder and self.looks:
@@ -227,22 +225,20 @@ class ForgettingMonitor(MeasuresAtEpochEnds):
                 found = other.selection
         return None if found is None else found.slow
 
-    def _values(self, trainer: Trainer) -> dict[str, Tensor]:
-        assert self.times is not None
+    def _values(self, trainer: Trainer, times: LearningTimes) -> dict[str, Tensor]:
         groups, slow = {"all": self._labelled}, self._slow(trainer)
         if slow is not None and len(slow) == len(self._labelled):
             groups |= {"slow": self._labelled & slow, "fast": self._labelled & ~slow}
         values = {}
         for which, of in groups.items():
-            first = self.times.first_learned[of]
-            values[f"events/{which}"] = self.times.forgetting[of].double().mean()
+            first = times.first_learned[of]
+            values[f"events/{which}"] = times.forgetting[of].double().mean()
             values[f"learned/{which}"] = (first > 0).double().mean()
             values[f"first_epoch/{which}"] = first[first > 0].double().mean()
         return values
 
-    def _write(self, trainer: Trainer) -> None:
-        assert self.times is not None
-        arrays = {name: entry.numpy() for name, entry in self.times._asdict().items()}
+    def _write(self, trainer: Trainer, times: LearningTimes) -> None:
+        arrays = {name: entry.numpy() for name, entry in times._asdict().items()}
         arrays["looks"] = np.array(self.looks)
         slow = self._slow(trainer)
         if slow is not None:

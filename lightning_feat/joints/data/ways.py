@@ -184,6 +184,13 @@ class Ways:
         """The way, if it is known."""
         return self.found.get(name, self.forward)
 
+    def known(self, name: str) -> Forward:
+        """The way that was found. ``RuntimeError`` where no batch has been looked at yet."""
+        way = self.of(name)
+        if way is None:
+            raise RuntimeError(f"{self.owner}: no batch of the {name} data has shown yet how the network is run.")
+        return way
+
     def find(
         self,
         trainer: Trainer,
