@@ -6,7 +6,7 @@ Shapes: N samples (rows: images, or tokens), D features, C classes, K target val
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -47,6 +47,16 @@ class Pictures:
 
     tiles: Tensor
     of_row: Tensor
+
+
+Value = TypeVar("Value")
+
+
+def known(value: Value | None, what: str) -> Value:
+    """The value, which is there wherever a panel that needs it is drawn. ``RuntimeError`` where it is not."""
+    if value is None:
+        raise RuntimeError(f"these features came without {what}, which this panel shows.")
+    return value
 
 
 @dataclass
@@ -156,8 +166,8 @@ class FeatureSet:
             return None
         if self.kind == "values":
             return (self.predicted.double() - self.targets.double()).square().sum(1)
-        assert self.class_scores is not None
-        return torch.nn.functional.cross_entropy(self.class_scores.double(), self.targets, reduction="none")
+        scores = known(self.class_scores, "logits")
+        return torch.nn.functional.cross_entropy(scores.double(), self.targets, reduction="none")
 
     def label(self, index: int) -> str:
         """What a class is called."""

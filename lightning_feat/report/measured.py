@@ -19,7 +19,7 @@ from lightning_feat.functional.neural_collapse import (
     within_class_scatter,
 )
 from lightning_feat.functional.transfer import nearest_neighbours
-from lightning_feat.report.feature_set import FeatureSet, Head
+from lightning_feat.report.feature_set import FeatureSet, Head, known
 
 NEIGHBOURS = 8
 MEASURES = (
@@ -55,8 +55,7 @@ class Measured:
     @property
     def targets(self) -> Tensor:
         """``(N,)`` class indices."""
-        assert self.rows.targets is not None
-        return self.rows.targets
+        return known(self.rows.targets, "targets")
 
     @cached_property
     def principal(self) -> PrincipalCoordinates:

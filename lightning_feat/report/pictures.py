@@ -86,7 +86,8 @@ def pictures_given(pictures: Any, size: int) -> Pictures | None:
 
 def _shrunk(part: Tensor, side: int) -> Tensor:
     made = pictures_of((part if min(part.shape[2:]) >= 4 else torch.nn.functional.interpolate(part.float(), 4),), side)
-    assert made is not None
+    if made is None:
+        raise ValueError(f"pictures of shape {tuple(part.shape)} could not be made small: give (N, C, H, W).")
     return made
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from lightning_feat.report.feature_set import FeatureSet
+from lightning_feat.report.feature_set import FeatureSet, known
 from lightning_feat.report.measured import Measured
 from lightning_feat.report.panels.panel import (
     MOST_CLASSES,
@@ -51,11 +51,10 @@ def cosine_panel(measured: Measured) -> Panel:
 
 def confusion_panel(rows: FeatureSet) -> Panel:
     """Share of the samples of each class that is given to each."""
-    assert rows.targets is not None
-    assert rows.predicted is not None
+    targets, predicted = known(rows.targets, "targets"), known(rows.predicted, "logits")
     labels, size = rows.labels(), rows.num_classes
     count_CC = torch.zeros(size, size, dtype=torch.long)
-    count_CC.view(-1).index_add_(0, rows.targets * size + rows.predicted, torch.ones_like(rows.targets))
+    count_CC.view(-1).index_add_(0, targets * size + predicted, torch.ones_like(targets))
     counts = count_CC.sum(1)
     shown = largest_classes(counts)
     share = (count_CC / counts[:, None].clamp(min=1))[shown][:, shown]

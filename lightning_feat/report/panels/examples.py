@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_feat.report.feature_set import FeatureSet
+from lightning_feat.report.feature_set import FeatureSet, known
 from lightning_feat.report.panels.panel import Panel, number
 
 _SHOWN = 24
@@ -13,13 +13,13 @@ _SHOWN = 24
 
 def hardest_panel(rows: FeatureSet) -> Panel:
     """The samples of largest loss."""
-    assert rows.losses is not None
-    loss = torch.where(rows.losses.isfinite(), rows.losses, torch.inf)
+    losses = known(rows.losses, "targets and logits")
+    loss = torch.where(losses.isfinite(), losses, torch.inf)
     order = [int(i) for i in loss.argsort(descending=True, stable=True)[:_SHOWN]]
     unit = "cross-entropy in nats" if rows.kind == "classes" else "squared error"
     chance = f"; guessing among {rows.num_classes} classes costs {number(torch.tensor(rows.num_classes).log().item())}"
     text = (
-        f"The largest loss is {number(float(loss[order[0]]))}, the median {number(float(rows.losses.median()))}"
+        f"The largest loss is {number(float(loss[order[0]]))}, the median {number(float(losses.median()))}"
         f"{chance if rows.kind == 'classes' else ''}. Look here for wrong labels and samples of another kind."
     )
     return Panel(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_feat.report.embedding import Embedding
-from lightning_feat.report.feature_set import FeatureSet
+from lightning_feat.report.feature_set import FeatureSet, known
 from lightning_feat.report.measured import Measured
 from lightning_feat.report.panels.panel import Panel, palette, percent
 
@@ -55,10 +55,10 @@ def colours_of(rows: FeatureSet) -> dict[str, Any]:
             right = {"domain": ["right", "wrong"], "range": ["#56b4e9", "#d55e00"]}
             found["correctness"] = {"field": "ok", "type": "nominal", "scale": right, "title": "prediction"}
     if rows.kind == "values":
-        assert rows.targets is not None
-        for k in range(min(4, rows.targets.shape[1])):
-            name = "target" if rows.targets.shape[1] == 1 else f"target {k}"
-            found[name] = _gradient(f"t{k}", name, rows.targets[:, k], "viridis")
+        targets = known(rows.targets, "targets")
+        for k in range(min(4, targets.shape[1])):
+            name = "target" if targets.shape[1] == 1 else f"target {k}"
+            found[name] = _gradient(f"t{k}", name, targets[:, k], "viridis")
     if rows.losses is not None:
         unit = "cross-entropy, nats" if rows.kind == "classes" else "squared error"
         found["loss"] = _gradient("l", f"loss ({unit})", rows.losses, "plasma")

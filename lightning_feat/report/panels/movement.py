@@ -7,7 +7,7 @@ import torch
 from lightning_feat.functional.common.class_sums import class_means, class_sums
 from lightning_feat.functional.common.pictures import principal_coordinates
 from lightning_feat.functional.feature_shift import cosine_shift, relative_shift
-from lightning_feat.report.feature_set import FeatureSet
+from lightning_feat.report.feature_set import FeatureSet, known
 from lightning_feat.report.measured import is_usable
 from lightning_feat.report.panels.panel import Panel, largest_classes, number, palette, percent, plain
 
@@ -32,10 +32,9 @@ def shifts(after: FeatureSet, before: FeatureSet) -> dict[str, dict[str, tuple[f
             continue
         groups = {ALL: torch.ones(len(h), dtype=torch.bool)}
         if after.kind == "classes":
-            assert after.targets is not None
-            labels = after.labels()
-            counts = torch.bincount(after.targets, minlength=after.num_classes)
-            groups |= {labels[c]: after.targets == c for c in largest_classes(counts)}
+            labels, targets = after.labels(), known(after.targets, "targets")
+            counts = torch.bincount(targets, minlength=after.num_classes)
+            groups |= {labels[c]: targets == c for c in largest_classes(counts)}
         found[layer] = {
             name: (float(relative_shift(h[some], start[some])), float(cosine_shift(h[some], start[some])))
             for name, some in groups.items()
@@ -134,10 +133,9 @@ def _bars(found: dict[str, dict[str, tuple[float, float]]]) -> dict[str, Any]:
 
 def _paths(after: FeatureSet, before: FeatureSet, layer: str) -> dict[str, Any] | None:
     """Class means of both in one plane, that of the principal components of all of them."""
-    assert after.targets is not None
-    size = after.num_classes
-    means = [class_means(class_sums(rows.features[layer], after.targets, size)) for rows in (before, after)]
-    counts = torch.bincount(after.targets, minlength=size)
+    size, targets = after.num_classes, known(after.targets, "targets")
+    means = [class_means(class_sums(rows.features[layer], targets, size)) for rows in (before, after)]
+    counts = torch.bincount(targets, minlength=size)
     shown = largest_classes(counts)
     stacked = torch.cat([mean[shown] for mean in means])
     if len(shown) < 2 or not is_usable(stacked):

@@ -3,7 +3,7 @@
 import torch
 
 from lightning_feat.functional.grassmann import pairwise_principal_angles
-from lightning_feat.report.feature_set import FeatureSet
+from lightning_feat.report.feature_set import FeatureSet, known
 from lightning_feat.report.panels.panel import Panel, by_similarity, heat_map, number
 
 _MOST = 60
@@ -21,8 +21,7 @@ def mean_angles(basis: torch.Tensor) -> torch.Tensor:
 
 def subspace_panel(rows: FeatureSet) -> Panel:
     """Mean principal angle of each two class subspaces."""
-    basis = rows.head.basis
-    assert basis is not None
+    basis = known(rows.head.basis, "a head of subspaces")
     matrix = mean_angles(basis[:_MOST])
     labels = rows.labels() if rows.num_classes >= len(matrix) else [rows.label(c) for c in range(len(matrix))]
     order = by_similarity(-matrix)
