@@ -1,5 +1,6 @@
 """Features of several layers together with the targets that belong to them, and the logits of the classifier."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -72,7 +73,7 @@ class LabelledTaps:
     def attach(self, module: nn.Module) -> None:
         """Hook the layers of ``module``. Raises ``ValueError`` where one cannot be found."""
         self.remove()
-        self.head = self._find_head(module)
+        self.head = head_beside(module, self.classifier, self.taps)
         if self.head is not None:
             each = self.taps[0].pooling in ("tokens", "first", "last")  # it classifies each token, or one that is taken
             pooling = self.taps[0].pooling if each else None
@@ -151,15 +152,20 @@ class LabelledTaps:
             return None, None
         return inputs, logits
 
-    def _find_head(self, module: nn.Module) -> tuple[str, nn.Module] | None:
-        if self.classifier is not None:
-            return self.classifier, find_layer(module, self.classifier)
-        try:
-            return find_classifier(module, "classifier")
-        except ValueError:
-            if any(tap.layer is None for tap in self.taps):
-                raise
-            return None
+
+def head_beside(module: nn.Module, classifier: str | None, taps: Sequence[FeatureTap]) -> tuple[str, nn.Module] | None:
+    """The classifier that stands beside tapped layers: the one that is named, or the one that is found.
+
+    None where none is found and all layers are named, so that none is needed.
+    """
+    if classifier is not None:
+        return classifier, find_layer(module, classifier)
+    try:
+        return find_classifier(module, "classifier")
+    except ValueError:
+        if any(tap.layer is None for tap in taps):
+            raise
+        return None
 
 
 def _alike(inputs: Tensor, features: Tensor) -> bool:

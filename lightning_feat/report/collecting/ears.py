@@ -8,9 +8,9 @@ from torch import Tensor
 
 from lightning_feat.joints.data.processes import full_tensor
 from lightning_feat.joints.features.batches import TargetKey, class_indices, inputs_of, mask_of, targets_of
-from lightning_feat.joints.features.heads import find_classifier
+from lightning_feat.joints.features.labelled_taps import head_beside
 from lightning_feat.joints.features.pooling import Pooling
-from lightning_feat.joints.features.taps import FeatureTap, Read, TapError, find_layer
+from lightning_feat.joints.features.taps import FeatureTap, Read, TapError
 from lightning_feat.joints.features.weights import read_weight
 from lightning_feat.report.feature_set import Head
 
@@ -71,7 +71,7 @@ class Ears:
         """Hook the layers. Raises ``ValueError`` where one cannot be found; none of the hooks stays then."""
         self.remove()
         try:
-            self._head = self._find_head(module)
+            self._head = head_beside(module, self.classifier, self.taps)
             if self._head is not None:
                 each = self.taps[0].pooling in ("tokens", "first", "last")
                 pooling = self.taps[0].pooling if each else None
@@ -165,16 +165,6 @@ class Ears:
                 if same:
                     self._feeds = label
         return logits if len(logits) == len(features[0]) else None
-
-    def _find_head(self, module: LightningModule) -> tuple[str, Any] | None:
-        if self.classifier is not None:
-            return self.classifier, find_layer(module, self.classifier)
-        try:
-            return find_classifier(module, "classifier")
-        except ValueError:
-            if any(tap.layer is None for tap in self.taps):
-                raise
-            return None
 
 
 def _kind(targets: Tensor, rows: int, tokens: bool) -> str:
