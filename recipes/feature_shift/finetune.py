@@ -57,6 +57,7 @@ class Method(NamedTuple):
     weights: tuple[float, ...]
 
 
+MARKS = "*osvD^"
 METHODS = {
     "plain": Method("plain", None, (0.0,)),
     "l2_sp": Method("L2-SP", "l2_sp", (0.01, 0.1, 1.0)),
@@ -223,45 +224,49 @@ def mean_and_deviation(values: list[float], digits: int) -> str:
 
 
 def draw_figure(runs: list[Run], path: Path, shown: tuple[tuple[str, float], tuple[str, float]]) -> None:
-    """New against old accuracy, one curve for each penalty; and the shift of the layers over the epochs, twice."""
+    """New and old accuracy against those of plain fine-tuning, a curve for each penalty, with paired 95 % intervals; and
+    the shift of the layers over the epochs, twice.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     rows = rows_of(runs)
-    figure = plt.figure(figsize=(10, 3.4), layout="constrained")
-    trade, left, right = figure.subplots(1, 3, width_ratios=[1.35, 1, 1.05])
+    figure = plt.figure(figsize=(10.5, 3.8), layout="constrained")
+    trade, left, right = figure.subplots(1, 3, width_ratios=[1.5, 1, 1.05])
+    base = rows.get(("plain", 0.0), [])
+    trade.axhline(0, color="0.7", linewidth=0.8)
+    trade.axvline(0, color="0.7", linewidth=0.8)
+    trade.plot(0, 0, MARKS[0], color=COLOURS[0], markersize=6, label=METHODS["plain"].title)
     for place, name in enumerate(METHODS):
-        points = []
-        for weight in METHODS[name].weights:
+        points, sizes = [], []
+        for step, weight in enumerate(METHODS[name].weights if name != "plain" else ()):
             found = rows.get((name, weight), [])
-            if found:
-                points.append([mean_and_half_width([100 * run.values[key] for run in found]) for key in ("old", "new")])
+            if found and base:
+                # Paired by seed: the seeds share what is hard in their draw.
+                gains = [
+                    [100 * (run.values[key] - plain.values[key]) for run, plain in zip(found, base, strict=True)]
+                    for key in ("old", "new")
+                ]
+                points.append([mean_and_half_width(gain) for gain in gains])
+                sizes.append(4 + 2 * step)
         if not points:
             continue
         x, y = ([point[i][0] for point in points] for i in (0, 1))
         x_half, y_half = ([point[i][1] for point in points] for i in (0, 1))
-        # The seeds share what is hard in their draw: the intervals are wide, those of differences in the table are not.
-        trade.errorbar(x, y, yerr=y_half, xerr=x_half, fmt="none", ecolor=COLOURS[place], elinewidth=0.5, alpha=0.25)
-        trade.plot(x, y, "o-", color=COLOURS[place], linewidth=1.3, markersize=4.5, label=METHODS[name].title)
-        if METHODS[name].form is not None:  # the weights between them are a decade apart
-            trade.annotate(
-                f"{METHODS[name].weights[-1]:g}",
-                (x[-1], y[-1]),
-                (-5, -2),
-                textcoords="offset points",
-                ha="right",
-                va="top",
-                fontsize=7,
-                color=COLOURS[place],
-            )
-    trade.set_xlabel("old digits, head kept (%)", fontsize=9)
-    trade.set_ylabel("new digits (%)", fontsize=9)
-    trade.set_xlim(right=100.5)
+        style: dict[str, Any] = {"color": COLOURS[place], "linewidth": 1.1}
+        trade.errorbar(x, y, yerr=y_half, xerr=x_half, elinewidth=0.8, alpha=0.55, fmt="none", ecolor=COLOURS[place])
+        weights = ", ".join(f"{weight:g}" for weight in METHODS[name].weights) if METHODS[name].form else ""
+        label = METHODS[name].title + (f": {weights}" if weights else "")
+        trade.plot(x, y, "-", **style)
+        for i, size in enumerate(sizes):
+            trade.plot(x[i], y[i], MARKS[place], markersize=size, color=COLOURS[place], label=label if i == 0 else None)
+    trade.set_xlabel("old digits, head kept, minus plain (points)", fontsize=9)
+    trade.set_ylabel("new digits, minus plain (points)", fontsize=9)
     trade.spines[["top", "right"]].set_visible(False)
     trade.tick_params(labelsize=8)
-    trade.legend(frameon=False, fontsize=7, loc="best")
+    trade.legend(frameon=False, fontsize=7, loc="lower left", title="weights, small to large marks", title_fontsize=7)
     maps = [mean_history([run.history for run in rows[key]]) for key in shown if key in rows]
     largest = max((value for found in maps for line in found.values() for _, value in line), default=1.0)
     for axes, key, layers in zip((left, right), [key for key in shown if key in rows], maps, strict=False):
@@ -269,6 +274,8 @@ def draw_figure(runs: list[Run], path: Path, shown: tuple[tuple[str, float], tup
         suffix = f", weight {key[1]:g}" if METHODS[key[0]].form is not None else ""
         axes.set_title(f"{METHODS[key[0]].title}{suffix}", fontsize=9)
         axes.set_ylabel("hidden layer", fontsize=8)
+    for letter, axes in zip("abc", (trade, left, right), strict=True):
+        axes.text(-0.02, 1.02, letter, transform=axes.transAxes, fontweight="bold", ha="right", va="bottom")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
