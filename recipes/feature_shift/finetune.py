@@ -224,7 +224,7 @@ def mean_and_deviation(values: list[float], digits: int) -> str:
 
 
 def draw_figure(runs: list[Run], path: Path, shown: tuple[tuple[str, float], tuple[str, float]]) -> None:
-    """New and old accuracy against those of plain fine-tuning, a curve for each penalty, with paired 95 % intervals; and
+    """New and old accuracy against those of plain fine-tuning, a curve for each penalty with paired 95 % intervals; and
     the shift of the layers over the epochs, twice.
     """
     import matplotlib
