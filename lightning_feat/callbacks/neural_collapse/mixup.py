@@ -20,6 +20,7 @@ from lightning_feat.joints.data.passes import clean_batches, clean_loader, hear,
 from lightning_feat.joints.data.processes import full_tensor
 from lightning_feat.joints.data.shared_pass import Again, read_clean, try_reading
 from lightning_feat.joints.data.trace import without_trace
+from lightning_feat.joints.data.val_loader import make_val_loader
 from lightning_feat.joints.data.ways import Ways
 from lightning_feat.joints.features.batches import TargetKey, class_indices, inputs_of, targets_of
 from lightning_feat.joints.features.nonfinite import NonfiniteWatch
@@ -114,14 +115,15 @@ class MixupGeometryMonitor(MeasuresAtEpochEnds):
         self.outputs.attach(pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # What is wrong with data or network is said now. Loaders of a validation that comes later are not there yet.
-        if self.data == "train" or trainer.val_dataloaders is not None or trainer.check_val_every_n_epoch == 1:
-            clean = clean_loader(trainer, self._loader(trainer), self.data)
-            with without_trace(trainer, pl_module):
-                for batch in itertools.islice(clean_batches(trainer, pl_module, clean), 1):
-                    _mixable(batch)
-                    self._classes(batch, targets_of(batch, self.target_key).numel())
-            try_reading(trainer, pl_module, self, self.data, self._loader(trainer))
+        # What is wrong with data or network is said now.
+        if self.data == "val":
+            make_val_loader(trainer)
+        clean = clean_loader(trainer, self._loader(trainer), self.data)
+        with without_trace(trainer, pl_module):
+            for batch in itertools.islice(clean_batches(trainer, pl_module, clean), 1):
+                _mixable(batch)
+                self._classes(batch, targets_of(batch, self.target_key).numel())
+        try_reading(trainer, pl_module, self, self.data, self._loader(trainer))
 
     def wanted(self, trainer: Trainer) -> dict[str, Any]:
         return {self.data: self._loader(trainer)} if self.ends.is_due(trainer) else {}

@@ -14,6 +14,7 @@ from lightning_feat.joints.data.epoch_ends import EpochEnds, MeasuresAtEpochEnds
 from lightning_feat.joints.data.pass_progress import pass_progress
 from lightning_feat.joints.data.passes import clean_loader, try_first_batch
 from lightning_feat.joints.data.shared_pass import read_clean
+from lightning_feat.joints.data.val_loader import make_val_loader
 from lightning_feat.joints.data.ways import Ways
 from lightning_feat.joints.features.batches import TargetKey
 from lightning_feat.joints.features.pooling import Pooling
@@ -138,8 +139,8 @@ class FeatureReport(MeasuresAtEpochEnds):
         check_found(pl_module, self.state_key, self.ears.taps, only_reads=True)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.data == "val" and trainer.val_dataloaders is None and trainer.check_val_every_n_epoch != 1:
-            return  # they are not there before the first validation
+        if self.data == "val":
+            make_val_loader(trainer)
         loader = self._loader(trainer)
         clean = clean_loader(trainer, loader, self.data)
         try_first_batch(trainer, pl_module, clean, self.data, self.ways, self.ears.all_taps)

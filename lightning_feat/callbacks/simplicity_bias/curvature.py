@@ -17,6 +17,7 @@ from lightning_feat.joints.data.drawn import drawn_batches
 from lightning_feat.joints.data.epoch_ends import EpochEnds, MeasuresAtEpochEnds
 from lightning_feat.joints.data.passes import hear, whole_set
 from lightning_feat.joints.data.trace import without_trace
+from lightning_feat.joints.data.val_loader import make_val_loader
 from lightning_feat.joints.data.ways import Ways
 from lightning_feat.joints.features.batches import TargetKey, class_indices, targets_of
 from lightning_feat.joints.features.taps import FeatureTap
@@ -121,6 +122,8 @@ class SharpnessMonitor(MeasuresAtEpochEnds):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._batches or self._total:
             return
+        if self.data == "val":
+            make_val_loader(trainer)
         loader = trainer.train_dataloader if self.data == "train" else trainer.val_dataloaders
         shared = whole_set(trainer, loader, self.data)[2]
         batches = drawn_batches(trainer, pl_module, loader, self.data, self.num_examples, self.seed)

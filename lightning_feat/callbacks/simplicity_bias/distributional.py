@@ -14,6 +14,7 @@ from lightning_feat.joints.data.drawn import drawn_batches
 from lightning_feat.joints.data.epoch_ends import EpochEnds, MeasuresAtEpochEnds
 from lightning_feat.joints.data.passes import hear, whole_set
 from lightning_feat.joints.data.trace import without_trace
+from lightning_feat.joints.data.val_loader import make_val_loader
 from lightning_feat.joints.data.ways import Ways
 from lightning_feat.joints.features.batches import TargetKey, class_indices, targets_of
 from lightning_feat.joints.features.inputs import InputKey, floating_inputs, with_inputs
@@ -113,6 +114,8 @@ class DistributionalSimplicityMonitor(MeasuresAtEpochEnds):
         check_found(pl_module, self.state_key, [self.logits], only_reads=True)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.data == "val":
+            make_val_loader(trainer)
         if not self._examples:
             self._examples = self._made(trainer, pl_module)
 

@@ -15,6 +15,7 @@ from lightning_feat.joints.data.drawn import drawn_batches
 from lightning_feat.joints.data.epoch_ends import EpochEnds, MeasuresAtEpochEnds
 from lightning_feat.joints.data.passes import clean_loader, try_first_batch
 from lightning_feat.joints.data.shared_pass import read_clean
+from lightning_feat.joints.data.val_loader import make_val_loader
 from lightning_feat.joints.data.ways import Ways
 from lightning_feat.joints.features.batches import TargetKey, class_indices, targets_of
 from lightning_feat.joints.features.inputs import InputKey, floating_inputs
@@ -117,17 +118,18 @@ class FeatureRelianceMonitor(MeasuresAtEpochEnds):
         check_found(pl_module, self.state_key, [self.logits], only_reads=True)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # What is wrong with data or network is said now. Loaders of a validation that comes later are not there yet.
-        if self.data == "train" or trainer.val_dataloaders is not None or trainer.check_val_every_n_epoch == 1:
-            clean = clean_loader(trainer, self.loader(trainer), self.data)
-            batch = try_first_batch(trainer, pl_module, clean, self.data, self.ways, [self.logits])
-            if batch is not None:
-                inputs = floating_inputs(batch, self.input_key)
-                self.classes(batch, len(inputs))
-                for name in self.blocks:
-                    self.exchanged(name, inputs, inputs)
-                if callable(self.best):
-                    self.best_classes(inputs)
+        if self.data == "val":
+            make_val_loader(trainer)
+        # What is wrong with data or network is said now.
+        clean = clean_loader(trainer, self.loader(trainer), self.data)
+        batch = try_first_batch(trainer, pl_module, clean, self.data, self.ways, [self.logits])
+        if batch is not None:
+            inputs = floating_inputs(batch, self.input_key)
+            self.classes(batch, len(inputs))
+            for name in self.blocks:
+                self.exchanged(name, inputs, inputs)
+            if callable(self.best):
+                self.best_classes(inputs)
         if self.best == "linear" and self._rule is None:
             self._rule = self._fitted(trainer, pl_module)
 

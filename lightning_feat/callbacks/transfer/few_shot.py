@@ -15,6 +15,7 @@ from lightning_feat.joints.data.calls import Forward
 from lightning_feat.joints.data.epoch_ends import EpochEnds, MeasuresAtEpochEnds
 from lightning_feat.joints.data.samples import Samples, loaders_of, try_parts
 from lightning_feat.joints.data.shared_pass import read_clean
+from lightning_feat.joints.data.val_loader import make_val_loader
 from lightning_feat.joints.data.ways import Ways
 from lightning_feat.joints.features.batches import TargetKey
 from lightning_feat.joints.features.nonfinite import NonfiniteWatch
@@ -124,9 +125,9 @@ class FewShotMonitor(MeasuresAtEpochEnds):
         self._loaders = {name: self._loader_of(trainer, name, data) for name, data in (self.data or {}).items()}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Loaders of a validation that comes later are not there yet.
-        late = trainer.val_dataloaders is None and trainer.check_val_every_n_epoch != 1
-        try_parts(trainer, pl_module, self, self._parts(trainer, may_be_missing=late), self.data is not None)
+        if self.data is None:
+            make_val_loader(trainer)
+        try_parts(trainer, pl_module, self, self._parts(trainer), self.data is not None)
 
     def wanted(self, trainer: Trainer) -> dict[str, Any]:
         return self._parts(trainer) if self.ends.is_due(trainer) else {}
@@ -195,13 +196,11 @@ class FewShotMonitor(MeasuresAtEpochEnds):
             "loader: give a DataLoader."
         )
 
-    def _parts(self, trainer: Trainer, may_be_missing: bool = False) -> dict[str, Any]:
+    def _parts(self, trainer: Trainer) -> dict[str, Any]:
         if self.data is not None:
             return self._loaders
         if trainer.val_dataloaders:
             return {_RUN: trainer.val_dataloaders}
-        if may_be_missing:
-            return {}
         raise ValueError(
             f"{self.state_key} has nothing to look at: the run has no validation data. Give the Trainer some, or the "
             "monitor data of its own (argument `data`)."

@@ -19,6 +19,7 @@ from lightning_feat.joints.data.calls import Forward
 from lightning_feat.joints.data.epoch_ends import EpochEnds, MeasuresAtEpochEnds
 from lightning_feat.joints.data.samples import Loaders, Samples, loaders_of, try_parts
 from lightning_feat.joints.data.shared_pass import read_clean
+from lightning_feat.joints.data.val_loader import make_val_loader
 from lightning_feat.joints.data.ways import Ways
 from lightning_feat.joints.features.batches import TargetKey
 from lightning_feat.joints.features.nonfinite import NonfiniteWatch
@@ -125,13 +126,18 @@ class LinearProbe(MeasuresAtEpochEnds):
         check_found(pl_module, self.state_key, [self.tap], only_reads=True)
         if self.data is not None:
             self.loaders = loaders_of(trainer, self.data)
+            if self.loaders["train"] is None:
+                raise ValueError(
+                    f"{self.state_key}: the datamodule {type(self.data).__name__} has no training loader to fit the "
+                    "probe on: give it a train_dataloader, or give the loaders themselves (arguments train and test)."
+                )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # What is wrong with the data is said now, not after the last epoch. Loaders of a validation that comes later
-        # are not there yet.
-        late = trainer.val_dataloaders is None and trainer.check_val_every_n_epoch != 1
+        # What is wrong with the data is said now, not after the last epoch.
         foreign = any(loader is not None for loader in self.loaders.values())
-        try_parts(trainer, pl_module, self, self._parts(trainer, val_may_be_missing=late), foreign)
+        if not foreign:
+            make_val_loader(trainer)
+        try_parts(trainer, pl_module, self, self._parts(trainer), foreign)
 
     def wanted(self, trainer: Trainer) -> dict[str, Any]:
         return self._parts(trainer) if self.ends.is_due(trainer) else {}
@@ -179,7 +185,7 @@ class LinearProbe(MeasuresAtEpochEnds):
         self.result = linear_probe(*train, *val, *test, scaling=self.scaling, penalties=self.penalties)
         return self.result.accuracy
 
-    def _parts(self, trainer: Trainer, val_may_be_missing: bool = False) -> dict[str, Any]:
+    def _parts(self, trainer: Trainer) -> dict[str, Any]:
         """Loaders by the name of their part: train and test, and val where the penalty has data of its own."""
         parts = {name: loader for name, loader in self.loaders.items() if loader is not None}
         if not parts:
@@ -188,7 +194,7 @@ class LinearProbe(MeasuresAtEpochEnds):
                 parts["val"] = trainer.val_dataloaders
         if "test" not in parts and "val" in parts:
             parts["test"] = parts.pop("val")
-        if "test" not in parts and not val_may_be_missing:
+        if "test" not in parts:
             raise ValueError(
                 f"{self.state_key} has nothing to test on: the run has no validation data. Give the Trainer validation "
                 "data, or the probe loaders of its own (arguments `data`, or `train` and `test`)."

@@ -82,7 +82,9 @@ def loaders_of(trainer: Trainer, data: LightningDataModule) -> Loaders:
             data.prepare_data()
         trainer.strategy.barrier("loaders_of")
         data.setup("fit")
-        loaders: Loaders = {"train": data.train_dataloader(), "val": None, "test": None}
+        loaders: Loaders = {"train": None, "val": None, "test": None}
+        if is_overridden("train_dataloader", data, LightningDataModule):
+            loaders["train"] = data.train_dataloader()
         if is_overridden("val_dataloader", data, LightningDataModule):
             loaders["val"] = data.val_dataloader()
         if is_overridden("test_dataloader", data, LightningDataModule):
