@@ -7,7 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import nn
 
-from lightning_feat.callbacks.neural_collapse.logit_change import LogitChange
+from lightning_feat.callbacks.neural_collapse.realignment.logit_change import LogitChange
 from lightning_feat.joints.arguments import checked
 from lightning_feat.joints.features.heads import is_compiled
 from lightning_feat.joints.run.twins import refuse_twin
