@@ -6,7 +6,8 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from lightning_feat.doctor.finding import Finding
-from lightning_feat.joints.features.heads import find_classifier, head_sizes
+from lightning_feat.joints.features.candidates import head_sizes
+from lightning_feat.joints.features.heads import find_classifier
 from lightning_feat.joints.features.last_layers import LastLayers
 
 

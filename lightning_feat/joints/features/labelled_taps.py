@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from lightning_feat.joints.features.at_once import try_all
 from lightning_feat.joints.features.batches import TargetKey, class_indices, mask_of, targets_of
-from lightning_feat.joints.features.heads import find_classifier, head_sizes
+from lightning_feat.joints.features.candidates import head_sizes
+from lightning_feat.joints.features.heads import find_classifier
 from lightning_feat.joints.features.pooling import Pooling
 from lightning_feat.joints.features.taps import FeatureTap, Read, TapError, find_layer
 

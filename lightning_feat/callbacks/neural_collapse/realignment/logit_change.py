@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from lightning_feat.functional.neural_collapse import prior_shift, realigned_lengths
 from lightning_feat.joints.data.processes import full_tensor
-from lightning_feat.joints.features.heads import find_classifier, forget_compiled_code, head_sizes
+from lightning_feat.joints.features.candidates import head_sizes
+from lightning_feat.joints.features.heads import find_classifier, forget_compiled_code
 from lightning_feat.joints.features.taps import find_layer
 from lightning_feat.joints.features.weights import read_weight
 
