@@ -17,7 +17,8 @@ class Candidate(NamedTuple):
 
     name: str
     layer: nn.Module
-    model: str  # the dotted name of the model whose classifier it is: what stands outside may read its logits
+    model: str  # the dotted name of the model whose classifier it is, or of the part that is called like one where that
+    # is all there is: what stands outside may read its logits
 
 
 def head_sizes(head: nn.Module) -> tuple[int | None, int | None]:
@@ -52,7 +53,9 @@ def by_name(parts: list[Named]) -> list[Candidate]:
     """The layers that are called like a classifier, and stand highest."""
     named = [(name, part) for name, part in parts if name.rpartition(".")[2] in _CLASSIFIER_NAMES]
     named = [(name, part) for name, part in named if not _pools_tokens(part)]
-    heads = [Candidate(n, head, name.rpartition(".")[0]) for name, part in named for n, head in last_heads(name, part)]
+    heads = [
+        Candidate(n, head, name.rpartition(".")[0] or name) for name, part in named for n, head in last_heads(name, part)
+    ]
     depth = min((head.name.count(".") for head in heads), default=0)
     highest = [head for head in heads if head.name.count(".") == depth]
     return [head for i, head in enumerate(highest) if not any(head.layer is other.layer for other in highest[:i])]
