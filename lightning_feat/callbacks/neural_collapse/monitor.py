@@ -1,3 +1,4 @@
+import functools
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
@@ -148,7 +149,7 @@ class NeuralCollapseMonitor(MeasuresAtEpochEnds):
         self.watch = ThresholdWatch(thresholds or [])
         self.nonfinite = NonfiniteWatch("neural collapse", " and are left out of the measures")
         self.silence = SilenceWatch(self.state_key)
-        self._online = OnlineSums(self.taps, self._metric, self.silence)
+        self._online = OnlineSums(self.taps, self.silence)
         self._before: dict[str, Tensor] = {}  # NC1 of the layer before, by data
         self._warned: set[str] = set()
 
@@ -212,7 +213,7 @@ class NeuralCollapseMonitor(MeasuresAtEpochEnds):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self.mode == "online":
-            self._online.take(trainer, pl_module, outputs, batch, batch_idx)
+            self._online.take(trainer, functools.partial(self._metric, pl_module), outputs, batch, batch_idx)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.mode == "online":
@@ -248,9 +249,7 @@ class NeuralCollapseMonitor(MeasuresAtEpochEnds):
         return self._loaders(trainer) if self.mode == "exact" and self.ends.is_due(trainer) else {}
 
     def new_reading(self, trainer: Trainer, module: LightningModule, name: str) -> CollapseReading:
-        def new_metric(features: Tensor) -> NeuralCollapse:
-            return self._metric(module, features)
-
+        new_metric = functools.partial(self._metric, module)
         return CollapseReading(trainer, module, name, self.taps, new_metric, self.memory_budget_mb)
 
     def _measure(self, trainer: Trainer, module: LightningModule) -> None:

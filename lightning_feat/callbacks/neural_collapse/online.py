@@ -1,7 +1,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from torch import Tensor
 
 from lightning_feat.functional.common.looks import without_looking
@@ -18,14 +18,11 @@ class OnlineSums:
 
     Args:
         taps: on the layers.
-        new_metric: the metric for a layer, by the module and features of it.
         silence: gets to know whether anything is heard.
     """
 
-    def __init__(
-        self, taps: LabelledTaps, new_metric: Callable[[LightningModule, Tensor], NeuralCollapse], silence: SilenceWatch
-    ) -> None:
-        self._taps, self._new_metric, self._silence = taps, new_metric, silence
+    def __init__(self, taps: LabelledTaps, silence: SilenceWatch) -> None:
+        self._taps, self._silence = taps, silence
         self._metrics: dict[str, NeuralCollapse] = {}
 
     def begin(self) -> None:
@@ -37,8 +34,15 @@ class OnlineSums:
         for metric in self._metrics.values():
             metric.reset()
 
-    def take(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Add what the taps have heard of a batch."""
+    def take(
+        self,
+        trainer: Trainer,
+        new_metric: Callable[[Tensor], NeuralCollapse],
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Add what the taps have heard of a batch; ``new_metric`` makes the metric for features like those heard."""
         try:
             heard = self._taps.take(batch)
         except TapError as error:
@@ -47,7 +51,7 @@ class OnlineSums:
         self._silence.heard()
         for label, (features, targets, left_out) in heard.labelled.items():
             if label not in self._metrics:
-                self._metrics[label] = self._new_metric(module, features)
+                self._metrics[label] = new_metric(features)
             repeated = self._repeated(trainer, len(features), batch, batch_idx)
             if repeated is not None and left_out is not None:
                 left_out = left_out | repeated

@@ -54,7 +54,9 @@ def by_name(parts: list[Named]) -> list[Candidate]:
     named = [(name, part) for name, part in parts if name.rpartition(".")[2] in _CLASSIFIER_NAMES]
     named = [(name, part) for name, part in named if not _pools_tokens(part)]
     heads = [
-        Candidate(n, head, name.rpartition(".")[0] or name) for name, part in named for n, head in last_heads(name, part)
+        Candidate(n, head, name.rpartition(".")[0] or name)
+        for name, part in named
+        for n, head in last_heads(name, part)
     ]
     depth = min((head.name.count(".") for head in heads), default=0)
     highest = [head for head in heads if head.name.count(".") == depth]
@@ -84,11 +86,8 @@ def above(module: nn.Module, found: Candidate, every: list[Named], timms: bool) 
             continue
         linear = not isinstance(head, CONVOLUTIONS)  # maps are no logits
         reads = classes in _widths_beside(module, name, found.name) and (linear or i > place)
-        if timms:  # else one of the width of the features stands beside the one found, not above it
-            beside = False
-        else:
-            beside = i > place and name.count(".") < depth and head_sizes(head)[0] in (features, None)
-        if reads or beside:
+        higher = i > place and name.count(".") < depth and head_sizes(head)[0] in (features, None)
+        if reads or (higher and not timms):  # of a timm model one of the width of the features stands beside the head
             readers.append(Candidate(name, head, ""))
     return readers
 

@@ -62,8 +62,9 @@ def find_classifier(module: nn.Module, argument: str = "layer") -> Named:
     if len(candidates) == 1:
         return candidates[0]
     ran = last_of_forward(module)
-    if ran is not None and len(ran) == 1:  # what alone makes the output is no guess
-        return next((name, part) for name, part in parts if name in ran)
+    made_by = [(name, part) for name, part in parts if ran is not None and ran == {name}]
+    if made_by:  # what alone makes the output is no guess
+        return made_by[0]
     raise ValueError(_question(module, candidates or every, bool(candidates), argument))
 
 

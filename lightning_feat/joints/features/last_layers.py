@@ -13,12 +13,18 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+from lightning_feat.joints.features.bare_weights import BareWeights
+
 # What a loss is made of; "of classes" first, for a step that has others beside
 _OF_CLASSES = ("cross_entropy", "nll_loss", "multi_margin_loss")
 _OF_OTHERS = (
     "binary_cross_entropy",
     "binary_cross_entropy_with_logits",
     "multilabel_soft_margin_loss",
+    "multilabel_margin_loss",
+    "soft_margin_loss",
+    "gaussian_nll_loss",
+    "poisson_nll_loss",
     "mse_loss",
     "l1_loss",
     "smooth_l1_loss",
@@ -54,6 +60,7 @@ class LastLayers(TorchFunctionMode):
     Attributes:
         calls: the loss functions that were called.
         backwards: the last layers of what ``backward`` was called on inside the block, as manual optimization does.
+        passed: the heads that this has passed, last or not.
     """
 
     def __init__(self, module: nn.Module, heads: Collection[str] = ()) -> None:
@@ -61,18 +68,26 @@ class LastLayers(TorchFunctionMode):
         self.module, self.heads = module, heads
         self.calls: list[LossCall] = []
         self.backwards: frozenset[str] = frozenset()
+        self.passed: frozenset[str] = frozenset()
         self._made_by: Any = WeakIdKeyDictionary()
         self._past: Any = WeakIdKeyDictionary()
+        self._bare = BareWeights(nn.Module(), [])
 
     def of(self, value: Any) -> frozenset[str]:
         """The layers that come last before the tensors in ``value``."""
         return _union(self._made_by, value)
 
+    def past_of(self, value: Any) -> frozenset[str]:
+        """The heads that the tensors in ``value`` have passed, last or not."""
+        return _union(self._past, value)
+
     @contextmanager
     def following(self) -> Iterator["LastLayers"]:
         """Active inside the block."""
+        layers = dict(_layers_with_weights(self.module, self.heads))
+        self._bare = BareWeights(self.module, layers.items())
         # One hook for all, not one in each: copies made in the step stay without, and scripted parts take none.
-        handle = register_module_forward_hook(_Made(self, dict(_layers_with_weights(self.module, self.heads))))
+        handle = register_module_forward_hook(_Made(self, layers))
         try:
             with self:
                 yield self
@@ -95,6 +110,7 @@ class LastLayers(TorchFunctionMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         layers, past = self.of((args, kwargs)), _union(self._past, (args, kwargs))
+        layers = self._bare.passed_by(func, (args, kwargs), out) or layers
         if func in _MAKE_ANEW:
             return out
         filled = args[0] if func is Tensor.__setitem__ else out
@@ -104,6 +120,7 @@ class LastLayers(TorchFunctionMode):
             self.pass_on(filled, past)
         if func is Tensor.backward:
             self.backwards |= self.of(args[0])
+            self.passed |= self.past_of(args[0])
         if func in _LOSSES:
             given = [*args, *kwargs.values()]
             predicted = kwargs.get("input", args[0] if args else None)

@@ -7,10 +7,12 @@ from typing import Any, NamedTuple
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
+from lightning_feat.joints.features.candidates import head_sizes, within
 from lightning_feat.joints.features.heads import find_classifier, is_compiled
 from lightning_feat.joints.features.last_layers import LastLayers, LossCall
-from lightning_feat.joints.features.taps import FeatureTap
-from lightning_feat.joints.module.head_outputs import HeadOutputs, kind_of_targets
+from lightning_feat.joints.features.taps import FeatureTap, find_layer
+from lightning_feat.joints.module.head_outputs import HeadOutputs
+from lightning_feat.joints.module.head_targets import kind_in_batch, kind_of_targets, lacks_logarithms
 from lightning_feat.joints.module.wraps import add_link, remove_link
 
 _KEY = "head_check"
@@ -35,7 +37,11 @@ class Asks(NamedTuple):
 
     def within(self, name: str) -> bool:
         """Whether this layer is a head, or in one."""
-        return any(name == head or name.startswith(f"{head}.") for head in self.heads)
+        return within(name, self.heads)
+
+    def mine(self, call: LossCall) -> bool:
+        """Whether the heads, and no other layers, made what this loss got."""
+        return bool(call.layers) and all(self.within(name) for name in call.layers)
 
     def say(self, what: str, certain: bool = True) -> None:
         """Raise it, or warn of it: a monitor, and where it may be as the user wants it."""
@@ -84,11 +90,24 @@ class _Check:
         with LastLayers(module, asks.heads).following() as follower, HeadOutputs(module, asks.heads) as outputs:
             out = call(*args, **kwargs)
         loss = out.get("loss") if isinstance(out, dict) else out
-        of_loss = follower.backwards | (follower.of(loss) if isinstance(loss, Tensor) else frozenset())
-        said = _contradiction(asks, follower.calls, of_loss, outputs)
+        seen = _Seen(follower.calls, follower.backwards | follower.of(loss), follower.passed | follower.past_of(loss))
+        said = _contradiction(asks, seen, outputs)
         if said:
-            asks.say(said, certain=_is_certain(asks, follower.calls, of_loss))
+            asks.say(said, certain=_is_certain(asks, seen))
+        elif asks.replaces and not any(asks.mine(call) for call in seen.calls):  # a loss written by hand
+            batch = args[0] if args else kwargs.get("batch")
+            if kind := kind_in_batch(batch, head_sizes(find_layer(module, asks.heads[0]))[1]):
+                raise ValueError(_NO_CLASSES.format(asks.head, kind, asks.owner))
+        _tell_counts(module, asks, seen.calls)
         return out
+
+
+class _Seen(NamedTuple):
+    """What a training step showed."""
+
+    calls: list[LossCall]
+    of_loss: frozenset[str]  # the last layers before what the step went backward from
+    past: frozenset[str]  # the heads that this has passed, last or not
 
 
 def _has_compiled_code(module: LightningModule) -> bool:
@@ -98,27 +117,28 @@ def _has_compiled_code(module: LightningModule) -> bool:
     )
 
 
-def _is_certain(asks: Asks, calls: list[LossCall], of_loss: frozenset[str]) -> bool:
+def _is_certain(asks: Asks, seen: _Seen) -> bool:
     """Whether what the head put out went on through other layers alone. Else it may have a loss of another kind, or one
     in later batches, or be one of two that are added.
     """
-    if any(asks.within(name) for name in of_loss.union(*(call.layers for call in calls))):
+    if any(asks.within(name) for name in seen.of_loss.union(*(call.layers for call in seen.calls))):
         return False
-    return any(call.trains and any(asks.within(name) for name in call.past) for call in calls)
+    return any(asks.within(name) for name in seen.past.union(*(call.past for call in seen.calls if call.trains)))
 
 
-def _contradiction(asks: Asks, calls: list[LossCall], of_loss: frozenset[str], outputs: HeadOutputs) -> str | None:
+def _contradiction(asks: Asks, showed: _Seen, outputs: HeadOutputs) -> str | None:
     """What the step showed against this head; None where it showed nothing against it."""
+    calls, of_loss = showed.calls, showed.of_loss
     seen = [call for call in calls if call.layers]
     of_classes = [call for call in seen if call.function in _OF_CLASSES]
-    mine = [call for call in seen if all(asks.within(name) for name in call.layers)]
+    mine = [call for call in seen if asks.mine(call)]
     if mine:
         if len(asks.heads) > 1 and not outputs.are_averaged_in(mine):
             return (
                 f"the logits are made of {asks.head} otherwise than by their mean, and {asks.owner} can stand for "
                 "heads that are averaged alone: let the model use one of them, or average them."
             )
-        return None if not asks.replaces or any(call in of_classes for call in mine) else _not_of_classes(asks, mine[0])
+        return _not_of_classes(asks, mine) if asks.replaces else None
     shared = [call for call in seen if any(asks.within(name) for name in call.layers)]
     if shared:
         return _shared(asks, shared[0])
@@ -126,6 +146,8 @@ def _contradiction(asks: Asks, calls: list[LossCall], of_loss: frozenset[str], o
     if any(call.trains and not call.layers and call.function in _OF_CLASSES for call in calls):
         return None  # these logits were not followed: a function of one's own, or layers from elsewhere, made them
     last = sorted(frozenset().union(*(call.layers for call in of_classes or seen)))
+    if not seen and any(asks.within(name) for name in showed.past):
+        last = sorted(of_loss)  # of a loss written by hand
     if not last or ((asks.named or not of_classes) and any(asks.within(name) for name in of_loss)):
         return None  # a loss of another kind is made of this head: nothing is known against it
     return (
@@ -150,10 +172,35 @@ def _shared(asks: Asks, call: LossCall) -> str | None:
     )
 
 
-def _not_of_classes(asks: Asks, call: LossCall) -> str | None:
+_NO_CLASSES = "{} is no head that tells classes apart, one of which is right: {}. Leave {} out."
+
+
+def _not_of_classes(asks: Asks, mine: list[LossCall]) -> str | None:
+    of_classes = [call for call in mine if call.function in _OF_CLASSES]
+    if any(lacks_logarithms(call) for call in of_classes):
+        return (
+            f"nll_loss gets what {asks.head} puts out, which are no logarithms of shares: the layer that {asks.owner} "
+            "replaced made them. Use cross_entropy, or log_softmax before nll_loss."
+        )
+    if of_classes:
+        return None
+    call = mine[0]
     kind = kind_of_targets(call)
     if kind is None and call.function.startswith("binary_cross_entropy") and not asks.signed:
         kind = f"the loss is {call.function}, which needs logits below zero to say no, and this head has none"
-    if kind is None:
-        return None
-    return f"{asks.head} is no head that tells classes apart, one of which is right: {kind}. Leave {asks.owner} out."
+    return None if kind is None else _NO_CLASSES.format(asks.head, kind, asks.owner)
+
+
+def _tell_counts(module: LightningModule, asks: Asks, calls: list[LossCall]) -> None:
+    """Warn where a loss of classes tells others apart than the outputs of the head."""
+    made = head_sizes(find_layer(module, asks.heads[0]))[1]
+    for call in (call for call in calls if call.function in _OF_CLASSES and asks.mine(call)):
+        classes = call.predicted.shape[1] if isinstance(call.predicted, Tensor) and call.predicted.ndim > 1 else made
+        if made is not None and classes != made:
+            warnings.warn(
+                f"{asks.owner}: {asks.head} has {made} outputs, and {call.function} gets logits of {classes} classes. "
+                "It takes each output for a class: right where the loss leaves some out, and wrong where it makes "
+                "one of several.",
+                stacklevel=2,
+            )
+            return

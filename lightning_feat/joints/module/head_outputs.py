@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_feat.joints.features.last_layers import LossCall
 from lightning_feat.joints.features.taps import find_layer
 
-_ROUNDING = 1e-2  # of half precision, in a row of targets that sums to one, and in logits as a share of their size
+_ROUNDING = 1e-2  # of half precision, in logits as a share of their size
 
 
 class HeadOutputs:
@@ -54,17 +54,6 @@ class _Keep:
     def __call__(self, layer: Any, args: Any, output: Any) -> None:
         if isinstance(output, Tensor):
             self.kept.append(output.detach())
-
-
-def kind_of_targets(call: LossCall) -> str | None:
-    """What the targets of a loss are that are no classes, one of which is right, in words; None where they may be."""
-    target = call.target.detach() if isinstance(call.target, Tensor) else torch.zeros(0)
-    if target.is_floating_point() and target.ndim == 2 and target.shape[1] > 1:
-        if bool(((target.float().sum(1) - 1).abs() > _ROUNDING).any()):  # one-hot or soft labels sum to one
-            return f"the targets of {call.function} are several at once, or none, or no classes"
-    elif target.is_floating_point() and target.numel():
-        return f"the targets of {call.function} are numbers, no classes"
-    return None
 
 
 def _within(layers: frozenset[str], head: str) -> bool:

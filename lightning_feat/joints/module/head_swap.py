@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_feat.joints.features.heads import find_classifier, find_heads, remember_found, replace_layer
 from lightning_feat.joints.features.taps import find_layer
-from lightning_feat.joints.module.head_places import Around, Place, place_of
+from lightning_feat.joints.module.head_places import Around, Place, place_for
 from lightning_feat.joints.module.wraps import overrides
 
 _REPLACED = "_feat_replaced"  # on a new head, until optimizers are configured: the parameters it stands for
@@ -125,7 +125,8 @@ class HeadSwap:
             self._refuse_other_options(name, head)
             self._load_by(head)
         old = [(name, head) for name, head in heads if not isinstance(head, self.kind)]
-        places = [self._place(name, head) for name, head in old]  # of all, before one is replaced
+        kind = self.kind.__name__
+        places = [place_for(kind, self.owner, module, name, head) for name, head in old]  # before one is replaced
         if len({place.out_features for place in places}) > 1:
             sizes = ", ".join(f"{name} ({place.out_features})" for (name, _), place in zip(old, places, strict=True))
             raise ValueError(
@@ -138,26 +139,6 @@ class HeadSwap:
             )
         for (_, head), place in zip(old, places, strict=True):
             self._put_in(module, head, place)
-
-    def _place(self, name: str, old: nn.Module) -> Place:
-        place = place_of(old)
-        if isinstance(place, str):
-            raise ValueError(
-                f"the classifier {name} is {place}, so {self.owner} cannot replace it: name the Linear that makes the "
-                f"logits (argument `layer`), or build the module with a {self.kind.__name__}."
-            )
-        if place.out_features < 2:
-            raise ValueError(
-                f"the classifier {name} has one output, as for a regression or for one class against none: "
-                f"{self.owner} needs two classes or more, and a loss such as cross entropy. Leave it out, or give the "
-                "classifier two outputs."
-            )
-        if hasattr(place.weight, "placements"):
-            raise ValueError(
-                f"the classifier {name} is sharded already: create it in __init__ and name it (argument `layer`), so "
-                "that it can be replaced before configure_model shards the module."
-            )
-        return place
 
     def _put_in(self, module: nn.Module, old: nn.Module, place: Place) -> None:
         head = self.build(place)
