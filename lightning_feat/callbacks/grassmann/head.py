@@ -24,6 +24,7 @@ from lightning_feat.joints.module.head_swap import (
     note_head,
     refuse_other_options,
     take_places,
+    tell_use,
 )
 from lightning_feat.joints.module.own_parameters import in_order, optimizers_in
 from lightning_feat.joints.module.wraps import add_link, remove_link
@@ -190,6 +191,7 @@ class GrassmannHead(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         for step in self.steps.values():
             step.undo_unfinished()
+        tell_use(exception, "GrassmannHead", GrassmannLinear)
         self._let_go(pl_module)  # after an exception Lightning does not call teardown
 
     def build_for(self, module: nn.Module, names: Collection[str]) -> None:

@@ -27,6 +27,7 @@ from lightning_feat.joints.module.head_swap import (
     note_head,
     refuse_other_options,
     take_places,
+    tell_use,
 )
 from lightning_feat.joints.module.own_parameters import optimizers_in
 from lightning_feat.joints.module.wraps import add_link, remove_link
@@ -114,6 +115,7 @@ class SimplexETFHead(Callback):
         self._let_go(pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        tell_use(exception, "SimplexETFHead", SimplexETF, SparseETF)
         self._let_go(pl_module)  # after an exception Lightning does not call teardown
 
     def build_for(self, module: nn.Module, names: Collection[str]) -> None:

@@ -173,6 +173,16 @@ class HeadSwap:
                 )
 
 
+def tell_use(exception: BaseException, owner: str, *kinds: type[nn.Module]) -> None:
+    """Add to an error of a step that used a new head as it used the old one, by its weight say, what is the matter."""
+    used = isinstance(exception, (AttributeError, TypeError)) and any(k.__name__ in str(exception) for k in kinds)
+    if used and hasattr(exception, "add_note"):  # from Python 3.11 on
+        exception.add_note(
+            f"{owner} has put a {' or '.join(k.__name__ for k in kinds)} in the place of the classifier, which is "
+            "called with features alone, and has no weight of its own: call the layer, or leave the callback out."
+        )
+
+
 def note_head(checkpoint: dict[str, Any], label: str, head: nn.Module) -> None:
     """Write down, in a checkpoint, which head stands where, so that it can be loaded without the callback."""
     options = head.__dict__.get(_OPTIONS)
