@@ -7,7 +7,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from lightning_feat.joints.arguments import checked
-from lightning_feat.joints.data.trace import remember, unheard
+from lightning_feat.joints.data.trace import unheard
+from lightning_feat.joints.features.kept import remember, remember_generators
 from lightning_feat.joints.module.own_parameters import in_order
 from lightning_feat.joints.module.wraps import add_link, get_link, remove_link
 from lightning_feat.joints.run.twins import refuse_twin
@@ -139,7 +140,7 @@ class _TwoPasses:
     def _both(self, module: LightningModule, optimizer: Any, closure: Any) -> Any:
         strategy: Any = module.trainer.strategy
         alone = strategy.block_backward_sync() if self.per_process and _synchronises(strategy) else nullcontext()
-        random = _collect_rng_states()
+        random, own_random = _collect_rng_states(), remember_generators(module)
         with alone:
             loss = closure()
         if loss is None:
@@ -149,6 +150,7 @@ class _TwoPasses:
         try:
             with ascent(in_order(optimizer)), unheard(module.trainer, module):
                 _set_rng_states(random)
+                own_random()
                 second = closure()
         finally:
             put_back()

@@ -25,6 +25,7 @@ from lightning_feat.joints.data.trace import without_trace
 from lightning_feat.joints.data.train_loader import one_train_loader
 from lightning_feat.joints.data.ways import Ways
 from lightning_feat.joints.features.batches import TargetKey, class_indices, targets_of
+from lightning_feat.joints.features.kept import remember_generators
 from lightning_feat.joints.features.taps import FeatureTap
 from lightning_feat.joints.run.loggers import send_file
 from lightning_feat.joints.run.spared import run_spared
@@ -255,8 +256,10 @@ def clean_training_loader(
 def warn_of_augmentation(loader: DataLoader[Any], owner: str) -> None:
     """Warn where the first examples are not the same at a second look."""
     some = range(min(4, len(loader.dataset)))  # type: ignore[arg-type]
+    put_back = remember_generators(loader.dataset)
     with isolate_rng():
         looks = [[leaf for i in some for leaf in tree_leaves(loader.dataset[i])] for _ in range(2)]
+    put_back()
     pairs = zip(*looks, strict=False)
     if not all(torch.equal(a, b) for a, b in pairs if isinstance(a, Tensor) and isinstance(b, Tensor)):
         rank_zero_warn(

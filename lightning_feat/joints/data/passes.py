@@ -23,6 +23,7 @@ from lightning_feat.joints.data.calls import Forward, forward_inputs
 from lightning_feat.joints.data.samplers import is_plain, processes_share, sampler_of
 from lightning_feat.joints.data.trace import without_trace
 from lightning_feat.joints.data.ways import Ways
+from lightning_feat.joints.features.kept import remember_generators
 from lightning_feat.joints.features.taps import FeatureTap
 
 
@@ -101,8 +102,12 @@ def clean_batches(trainer: Trainer, module: LightningModule, loader: DataLoader[
     """
     precision, strategy = trainer.precision_plugin, trainer.strategy
     few = int(getattr(trainer, "fast_dev_run", False)) or None
-    for batch in itertools.islice(loader, few):
-        yield strategy.batch_to_device(module._on_before_batch_transfer(precision.convert_input(batch)))
+    put_back = remember_generators(loader.dataset, loader.collate_fn)  # without workers they are those of the training
+    try:
+        for batch in itertools.islice(loader, few):
+            yield strategy.batch_to_device(module._on_before_batch_transfer(precision.convert_input(batch)))
+    finally:
+        put_back()
 
 
 def run_forward(trainer: Trainer, module: LightningModule, batch: Any, forward: Forward | None = None) -> Any:

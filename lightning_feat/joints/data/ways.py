@@ -18,8 +18,8 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from lightning_feat.joints.data.calls import Forward, OwnStep, name_of, usual_calls
-from lightning_feat.joints.data.trace import remember
 from lightning_feat.joints.features.batches import describe
+from lightning_feat.joints.features.kept import remember
 from lightning_feat.joints.features.taps import FeatureTap, TapError
 from lightning_feat.joints.module.wraps import overrides
 

@@ -223,3 +223,29 @@ def test_what_it_cannot_go_with_is_said_before_the_first_batch(tmp_path, make, o
 def test_bad_arguments(arguments):
     with pytest.raises(ValueError, match=next(iter(arguments))):
         SharpnessAwareMinimization(**arguments)
+
+
+def test_both_passes_see_the_same_numbers_of_a_generator_that_the_module_keeps(tmp_path):
+    class Noise:
+        def __init__(self):
+            self.generator, self.drawn = torch.Generator().manual_seed(5), []
+
+        def __call__(self, x):
+            self.drawn.append(torch.randn((), generator=self.generator))
+            return x + self.drawn[-1]
+
+    class Noisy(Plain):
+        def __init__(self):
+            super().__init__()
+            self.noise = Noise()
+
+        def forward(self, x):
+            return super().forward(self.noise(x))
+
+    module = seeded(Noisy)
+    fit(tmp_path, module, SharpnessAwareMinimization(RHO), max_epochs=1)
+    expected = torch.randn(4, generator=torch.Generator().manual_seed(5))
+    drawn = torch.stack(module.noise.drawn)
+    assert len(drawn) == 8
+    assert len(drawn.unique()) == len(expected)
+    assert torch.equal(drawn[::2], drawn[1::2])

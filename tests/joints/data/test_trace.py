@@ -1,16 +1,28 @@
 """What a forward may write is put back after a pass; what it logs is dropped."""
 
+import random
+
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 import torchmetrics
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, Dataset, Subset
 
-from lightning_feat.callbacks import LinearProbe, MixupGeometryMonitor, NeuralCollapseMonitor, SimplicityBiasUpsampler
-from lightning_feat.joints.data.trace import remember
-from tests.helpers import NUM_CLASSES, Plain, equal, loader, trainer, weights
+from lightning_feat.callbacks import (
+    DistributionalSimplicityMonitor,
+    FeatureShiftMonitor,
+    ForgettingMonitor,
+    LinearProbe,
+    MixupGeometryMonitor,
+    NeuralCollapseMonitor,
+    SimplicityBiasUpsampler,
+)
+from lightning_feat.joints.features.kept import remember
+from tests.helpers import NUM_CLASSES, Plain, equal, loader, points, trainer, weights
 
 
 class Writes(Plain):
@@ -165,3 +177,68 @@ def test_what_holds_itself_is_put_back_once():
     put_back()
     assert len(ring) == 2
     assert ring[1] is ring
+
+
+class Augments(Dataset):
+    """Draws by a generator of its own, which the state of the run knows nothing of."""
+
+    def __init__(self, generator):
+        self.data, self.transforms = points(32), [Noise(generator)]
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, index):
+        x, y = self.data[index]
+        return self.transforms[0](x), y
+
+
+class Noise:
+    def __init__(self, generator):
+        self.generator = generator
+
+    def __call__(self, x):
+        if isinstance(self.generator, torch.Generator):
+            return x + torch.randn((), generator=self.generator)
+        return x + torch.tensor(self.generator.normal(size=4), dtype=torch.float32)
+
+
+class PythonRandom(random.Random):
+    def normal(self, size):
+        return np.array([self.gauss(0, 1) for _ in range(size)])
+
+
+GENERATORS = [
+    lambda: np.random.default_rng(1),
+    lambda: np.random.RandomState(1),  # which others use
+    lambda: torch.Generator().manual_seed(1),
+    lambda: PythonRandom(1),
+]
+
+
+@pytest.mark.parametrize("generator", GENERATORS, ids=["numpy", "numpy as it was", "torch", "python"])
+@pytest.mark.parametrize("where", ["data", "module"])
+def test_generators_that_data_or_the_module_keep_for_themselves_are_put_back(tmp_path, generator, where):
+    class Noisy(Plain):
+        def __init__(self):
+            super().__init__()
+            self.noise = Noise(generator())
+
+        def forward(self, x):
+            return super().forward(self.noise(x) if where == "module" else x)
+
+    def trained(*callbacks):
+        pl.seed_everything(0)
+        module = Noisy()
+        data = Subset(Augments(generator()), range(30)) if where == "data" else points(30)
+        trainer(tmp_path, callbacks=list(callbacks), max_epochs=2).fit(module, DataLoader(data, batch_size=8))
+        return weights(module)
+
+    plain = trained()
+    for watched in (
+        NeuralCollapseMonitor(mode="exact"),
+        ForgettingMonitor(),
+        DistributionalSimplicityMonitor(num_examples=16),
+        FeatureShiftMonitor(layers=["net.body"]),
+    ):
+        assert equal(trained(watched), plain), watched.state_key

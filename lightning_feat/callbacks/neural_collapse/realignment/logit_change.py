@@ -51,6 +51,8 @@ class LogitChange:
         if train_frequencies is not None:
             (self._trained,) = _for_loaders("train_frequencies", train_frequencies, num_classes)
         self._handle: Any = None
+        # Not asked of a weight in each batch, which may be computed when it is asked.
+        self._axis = -1 if isinstance(self.layer, nn.Linear) else -1 - len(self.layer.kernel_size)
         given = {len(rows) for rows in (self._lengths, self._frequencies) if len(rows) > 1}
         if len(given) > 1:
             raise ValueError(
@@ -119,7 +121,7 @@ class LogitChange:
         if not torch.compiler.is_compiling():
             self.ran = True
         shape = [1] * logits.ndim
-        shape[-1 if isinstance(layer, nn.Linear) else -(layer.weight.ndim - 1)] = -1  # type: ignore[operator]
+        shape[self._axis] = -1
         wide = torch.promote_types(logits.dtype, torch.float32)
         factor, shift = (of.to(logits.device, wide).reshape(shape) for of in self._now)
         # In the precision in which it was added.
