@@ -6,6 +6,7 @@ from torch.utils.data import (
     IterableDataset,
     RandomSampler,
     SequentialSampler,
+    SubsetRandomSampler,
     WeightedRandomSampler,
 )
 
@@ -98,21 +99,33 @@ class Stream(IterableDataset):
         ({"plan": plan}, lambda: {"a": indexed(), "b": indexed()}, r"loader=None: say which .* \['a', 'b'\]"),
         ({"plan": plan, "loader": "c"}, lambda: {"a": indexed()}, "loader='c': say which"),
         ({"plan": plan, "loader": "a"}, indexed, "there is one training loader, without a name"),
-        (
-            {"plan": plan},
-            lambda: DataLoader(points(SIZE), sampler=WeightedRandomSampler([1.0] * SIZE, SIZE)),
-            "a WeightedRandomSampler of its own, which would be lost",
-        ),
         ({"plan": plan}, lambda: DataLoader(points(SIZE), batch_size=None), "nothing in the place of a batch size"),
-        (
-            {"plan": plan},
-            lambda: DataLoader(points(SIZE), sampler=RandomSampler(points(SIZE), num_samples=3)),
-            "a RandomSampler of num_samples=3 of its own, which would be lost",
-        ),
-        (
-            {"plan": plan},
-            lambda: DataLoader(points(SIZE), sampler=SequentialSampler(range(3))),
-            "a SequentialSampler of its own, which would be lost",
+        *(
+            ({"plan": plan}, lambda sampler=sampler: DataLoader(points(SIZE), sampler=sampler), text)
+            for sampler, text in (
+                (
+                    WeightedRandomSampler([1.0] * SIZE, SIZE),
+                    "a WeightedRandomSampler of its own, .* the weights to the loss; or, .* DataPlan",
+                ),
+                (
+                    SubsetRandomSampler([0, 2]),
+                    "a SubsetRandomSampler of its own, .* these examples, and shuffle=True",
+                ),
+                (
+                    RandomSampler(points(SIZE), num_samples=3),
+                    "a RandomSampler of num_samples=3 of its own, .* each example once, and short epochs by",
+                ),
+                (
+                    RandomSampler(points(SIZE), replacement=True, num_samples=9),
+                    "a RandomSampler of num_samples=9, with replacement, of its own, .* more epochs in",
+                ),
+                (
+                    RandomSampler(points(SIZE), replacement=True),
+                    "a RandomSampler, with replacement, of its own",
+                ),
+                (SequentialSampler(range(3)), "a SequentialSampler of num_samples=3 of its own, which would be lost"),
+                ([0, 1, 2], "a list of its own, .* where that leaves examples out a torch.utils.data.Subset"),
+            )
         ),
     ],
 )

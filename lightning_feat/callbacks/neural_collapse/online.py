@@ -65,6 +65,6 @@ class OnlineSums:
     def _repeated(self, trainer: Trainer, num_samples: int, batch: Any, batch_idx: int) -> Tensor | None:
         """Which samples of this batch the sampler repeats; None where that is not so, or not known."""
         targets = targets_of(batch, self._taps.target_key)
-        if num_samples != len(targets):
-            return None  # several views or tokens of a sample, or samples that are ignored
+        if targets.ndim == 0 or num_samples != len(targets):
+            return None  # one sample alone, several views or tokens of a sample, or samples that are ignored
         return repeated_rows(trainer, batch_idx, num_samples, targets.device)

@@ -231,7 +231,7 @@ class FeatureReport(MeasuresAtEpochEnds):
 
     def _loader(self, trainer: Trainer) -> Any:
         loader = trainer.val_dataloaders if self.data == "val" else trainer.train_dataloader
-        if not loader:
+        if loader is None or loader == []:
             raise ValueError(
                 f"{self.state_key} has nothing to look at: the run has no validation data. Give the Trainer some, or "
                 "take data='train'."

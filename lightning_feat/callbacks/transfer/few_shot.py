@@ -199,7 +199,7 @@ class FewShotMonitor(MeasuresAtEpochEnds):
     def _parts(self, trainer: Trainer) -> dict[str, Any]:
         if self.data is not None:
             return self._loaders
-        if trainer.val_dataloaders:
+        if trainer.val_dataloaders is not None and trainer.val_dataloaders != []:
             return {_RUN: trainer.val_dataloaders}
         raise ValueError(
             f"{self.state_key} has nothing to look at: the run has no validation data. Give the Trainer some, or the "

@@ -190,7 +190,7 @@ class LinearProbe(MeasuresAtEpochEnds):
         parts = {name: loader for name, loader in self.loaders.items() if loader is not None}
         if not parts:
             parts = {"train": trainer.train_dataloader}
-            if trainer.val_dataloaders:
+            if trainer.val_dataloaders is not None and trainer.val_dataloaders != []:
                 parts["val"] = trainer.val_dataloaders
         if "test" not in parts and "val" in parts:
             parts["test"] = parts.pop("val")

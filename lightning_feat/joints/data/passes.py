@@ -20,7 +20,7 @@ from torch.utils.data import (
 )
 
 from lightning_feat.joints.data.calls import Forward, forward_inputs
-from lightning_feat.joints.data.samplers import is_plain, processes_share, sampler_of
+from lightning_feat.joints.data.samplers import draws_all, is_plain, processes_share, sampler_of
 from lightning_feat.joints.data.trace import without_trace
 from lightning_feat.joints.data.ways import Ways
 from lightning_feat.joints.features.kept import remember_generators
@@ -82,17 +82,25 @@ def _drawn_from(loader: DataLoader[Any], name: str) -> Any:
     """The data set of the loader, or the part of it that its sampler draws from."""
     sampler: Any = sampler_of(loader)
     sampler = getattr(getattr(sampler, "dataset", None), "_sampler", sampler)  # Lightning wraps those of users
+    own_batches = loader.batch_sampler is not None and not hasattr(loader.batch_sampler, "sampler")
+    if own_batches:
+        sampler = loader.batch_sampler
     if isinstance(sampler, SubsetRandomSampler):
         return Subset(loader.dataset, sorted(int(i) for i in sampler.indices))
+    if isinstance(sampler, WeightedRandomSampler):
+        return _part(loader.dataset, sampler.weights.nonzero()[:, 0].tolist())
     if is_plain(sampler):
-        first = len(sampler.data_source)
-        return loader.dataset if first == len(loader.dataset) else Subset(loader.dataset, range(first))  # type: ignore[arg-type]
-    if loader.batch_sampler is not None and not isinstance(sampler, (WeightedRandomSampler, DistributedSampler)):
-        raise ValueError(
-            f"a pass over the {name} data cannot tell which examples a {type(sampler).__name__} leaves out: give the "
-            f"{type(loader).__name__} a torch.utils.data.Subset in place of such a sampler."
-        )
-    return loader.dataset
+        return _part(loader.dataset, range(len(sampler.data_source)))
+    if loader.batch_sampler is None or isinstance(sampler, DistributedSampler) or draws_all(loader, sampler):
+        return loader.dataset
+    raise ValueError(
+        f"a pass over the {name} data cannot tell which examples a {type(sampler).__name__} leaves out: give the "
+        f"{type(loader).__name__} a torch.utils.data.Subset in place of such a sampler."
+    )
+
+
+def _part(dataset: Any, indices: Sequence[int]) -> Any:
+    return dataset if len(indices) == len(dataset) else Subset(dataset, indices)
 
 
 def clean_batches(trainer: Trainer, module: LightningModule, loader: DataLoader[Any]) -> Iterator[Any]:

@@ -1,11 +1,21 @@
 """By which sampler a loader draws, and another in its place."""
 
+import copy
+import itertools
 from typing import Any
 
 from lightning.fabric.utilities.data import _reinstantiate_wrapped_cls
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.data import _get_dataloader_init_args_and_kwargs
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Sampler
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch.utils.data import (
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    Sampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 # What a DataLoader makes of shuffle=True or False; that of torchdata has a RandomSampler of its own.
 _PLAIN = {
@@ -74,11 +84,10 @@ def with_sampler(loader: DataLoader[Any], sampler: Sampler[Any]) -> DataLoader[A
             "batch_size and shuffle."
         )
     if type(loader.sampler) is not type(sampler) and not takes_all(loader):
-        few = getattr(loader.sampler, "replacement", None) is False  # a RandomSampler that leaves examples out
-        how = f" of num_samples={len(loader.sampler)}" if few else ""  # type: ignore[arg-type]
+        how, instead = _own_way(loader)
         raise ValueError(
             f"the {type(loader).__name__} draws by a {type(loader.sampler).__name__}{how} of its own, which would be "
-            f"lost: give it shuffle=True in its place{', and short epochs by limit_train_batches' if few else ''}."
+            f"lost: {instead}."
         )
     args, kwargs = _get_dataloader_init_args_and_kwargs(loader, sampler)
     names = getattr(loader, "__pl_saved_arg_names", ())  # of arguments that the user has not named
@@ -91,6 +100,52 @@ def with_sampler(loader: DataLoader[Any], sampler: Sampler[Any]) -> DataLoader[A
     if hasattr(changed, "load_state_dict"):
         changed.load_state_dict = _nothing
     return changed  # type: ignore[no-any-return]
+
+
+def _own_way(loader: DataLoader[Any]) -> tuple[str, str]:
+    """What the sampler of this loader is told to do, and what to do in its place, where each example comes as often as
+    a plan says.
+    """
+    sampler, size = loader.sampler, len(loader.dataset)  # type: ignore[arg-type]
+    if isinstance(sampler, WeightedRandomSampler):
+        return "", (
+            "give it shuffle=True in its place, and the weights to the loss; or, as whole numbers, to a "
+            "DataPlan(counts, length='keep') that is the only plan"
+        )
+    if isinstance(sampler, SubsetRandomSampler):
+        return "", "give it a torch.utils.data.Subset of these examples, and shuffle=True in its place"
+    if is_plain(sampler):
+        number = len(sampler)  # type: ignore[arg-type]
+        how = ", with replacement," if getattr(sampler, "replacement", False) else ""
+        how = f" of num_samples={number}{how}" if number != size or not how else how
+        fewer = ", and short epochs by limit_train_batches" if number < size else ""
+        more = ", and more epochs in the place of longer ones" if number > size else ""
+        return how, f"give it shuffle=True in its place, which shows each example once{fewer or more}"
+    return "", (
+        "give it shuffle=True in its place, and where that leaves examples out a torch.utils.data.Subset of those that "
+        "are to be shown"
+    )
+
+
+def draws_all(loader: DataLoader[Any], sampler: Any) -> bool:
+    """Whether a sampler, or a batch sampler, of the user's draws every example of the data set at least once in an
+    epoch. A copy of it is asked, so that it draws the same afterwards; not so, too, where it cannot be copied.
+    """
+    size = len(loader.dataset)  # type: ignore[arg-type]
+    kept = {id(loader.dataset): loader.dataset}  # too large to copy
+    left, most = set(range(size)), 10 * size  # one without an end
+    try:
+        with isolate_rng():
+            drawn = itertools.chain.from_iterable(
+                entry if isinstance(entry, (list, tuple)) else (entry,) for entry in copy.deepcopy(sampler, kept)
+            )
+            for index in itertools.islice(drawn, most):
+                left.discard(int(index))
+                if not left:
+                    return True
+    except Exception:  # whatever a user's class does when it is copied
+        return False
+    return not left
 
 
 def _nothing(state: dict[str, Any]) -> None:
