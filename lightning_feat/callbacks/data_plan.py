@@ -141,10 +141,7 @@ class DataPlan(Callback):
         sampler = PlanSampler(counts or [1] * max(size, 1), self.length, num_replicas, rank, self.seed)
         changed = with_sampler(loader, sampler)
         if counts and len(counts) != size:
-            raise ValueError(
-                f"{self.state_key}: the plan of epoch {epoch} has {len(counts)} counts, but the training data "
-                f"{size} examples: give one for each."
-            )
+            raise ValueError(self._of_other_data(len(counts), size, epoch))
         sampler.set_epoch(epoch)
         self._sampler, self._counts, self._made_for = sampler, counts, (epoch, batches)
         self._batches = _Batches(loader.batch_size or 1, len(changed), cycles)
@@ -153,6 +150,13 @@ class DataPlan(Callback):
             known = had is not None and (had["epoch"], had["batches"]) == (epoch, batches)
             sampler.resume(self._batches.examples(batches), had["examples"] if had and known else None)
         return changed
+
+    def _of_other_data(self, number: int, size: int, epoch: int = 0) -> str:
+        """What to say where the counts are not those of the training data."""
+        return (
+            f"{self.state_key}: the plan of epoch {epoch} has {number} counts, but the training data {size} examples: "
+            "give one for each."
+        )
 
     def _say_what_is_cut(self, trainer: Trainer) -> None:
         """Warn where an epoch shows more or less than the plan."""

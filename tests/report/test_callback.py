@@ -163,5 +163,5 @@ def test_a_layer_that_is_not_there_and_data_that_are_missing(tmp_path):
     with pytest.raises(ValueError, match=r"net\.boddy"):
         fit(tmp_path, Plain(), [FeatureReport(layers=["net.boddy"])])
     run = trainer(tmp_path, callbacks=[FeatureReport()])
-    with pytest.raises(ValueError, match=r"no validation data\. Give the Trainer some, or take data='train'"):
+    with pytest.raises(ValueError, match=r"no validation data: give the Trainer some, or take data='train'"):
         run.fit(Plain(), loader())

@@ -16,6 +16,7 @@ from lightning_feat.joints.data.calls import Forward
 from lightning_feat.joints.data.epoch_ends import EpochEnds, MeasuresAtEpochEnds
 from lightning_feat.joints.data.processes import full_tensor, repeated_rows
 from lightning_feat.joints.data.shared_pass import read_clean, try_reading
+from lightning_feat.joints.data.val_loader import make_val_loader, val_loaders
 from lightning_feat.joints.data.ways import Ways
 from lightning_feat.joints.features.batches import TargetKey
 from lightning_feat.joints.features.heads import find_classifier
@@ -157,10 +158,11 @@ class GrassmannMonitor(MeasuresAtEpochEnds):
             self.start = full_tensor(self._find(pl_module)[1].basis).cpu().clone()
         self._listens = self.mode == "online" and self._is_due(trainer)  # also in an epoch resumed in its middle
         if self.mode == "exact" and self._spread is not None:  # what is wrong with data or network is said now
+            if self.data == "val":
+                make_val_loader(trainer)
             ((name, loader),) = self._loader(trainer).items()
-            if loader is not None or name == "training":
-                try_reading(trainer, pl_module, self, name, loader)
-                self._spread.begin_epoch()
+            try_reading(trainer, pl_module, self, name, loader)
+            self._spread.begin_epoch()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._listens = self.mode == "online" and self._is_due(trainer)
@@ -246,7 +248,7 @@ class GrassmannMonitor(MeasuresAtEpochEnds):
 
     def _loader(self, trainer: Trainer) -> dict[str, Any]:
         if self.data == "val":
-            return {"validation": trainer.val_dataloaders}
+            return {"validation": val_loaders(trainer, self.state_key, "set data='train'")}
         return {"training": trainer.train_dataloader}
 
     def _is_due(self, trainer: Trainer) -> bool:

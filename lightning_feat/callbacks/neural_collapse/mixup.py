@@ -20,7 +20,7 @@ from lightning_feat.joints.data.passes import clean_batches, clean_loader, hear,
 from lightning_feat.joints.data.processes import full_tensor
 from lightning_feat.joints.data.shared_pass import Again, read_clean, try_reading
 from lightning_feat.joints.data.trace import without_trace
-from lightning_feat.joints.data.val_loader import make_val_loader
+from lightning_feat.joints.data.val_loader import make_val_loader, val_loaders
 from lightning_feat.joints.data.ways import Ways
 from lightning_feat.joints.features.batches import TargetKey, class_indices, inputs_of, targets_of
 from lightning_feat.joints.features.nonfinite import NonfiniteWatch
@@ -146,10 +146,9 @@ class MixupGeometryMonitor(MeasuresAtEpochEnds):
         self._let_go(pl_module)  # after an exception Lightning does not call teardown
 
     def _loader(self, trainer: Trainer) -> Any:
-        loader = trainer.train_dataloader if self.data == "train" else trainer.val_dataloaders
-        if loader is None or loader == []:
-            raise ValueError(f"{self.state_key} has no {self.data} data: give the Trainer some, or set data='train'.")
-        return loader
+        if self.data == "train":
+            return trainer.train_dataloader
+        return val_loaders(trainer, self.state_key, "set data='train'")
 
     def _classes(self, batch: Any, num_samples: int) -> Tensor:
         return class_indices(targets_of(batch, self.target_key), num_samples, f"the targets of {self.state_key}")

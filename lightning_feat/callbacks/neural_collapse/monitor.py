@@ -16,6 +16,7 @@ from lightning_feat.joints.arguments import checked
 from lightning_feat.joints.data.calls import Forward
 from lightning_feat.joints.data.epoch_ends import EpochEnds, MeasuresAtEpochEnds
 from lightning_feat.joints.data.shared_pass import read_clean, try_reading
+from lightning_feat.joints.data.val_loader import make_val_loader, val_loaders
 from lightning_feat.joints.data.ways import Ways
 from lightning_feat.joints.features.batches import TargetKey
 from lightning_feat.joints.features.labelled_taps import LabelledTaps
@@ -195,9 +196,10 @@ class NeuralCollapseMonitor(MeasuresAtEpochEnds):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.mode == "exact":  # what is wrong with the data, or with how the network is run, is said now
+            if self.data != "train":
+                make_val_loader(trainer)
             for name, loader in self._loaders(trainer).items():
-                if loader is not None or name == "training":
-                    try_reading(trainer, pl_module, self, name, loader, self.taps.taps)
+                try_reading(trainer, pl_module, self, name, loader, self.taps.taps)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._online.begin_epoch()
@@ -241,9 +243,10 @@ class NeuralCollapseMonitor(MeasuresAtEpochEnds):
         self._let_go()  # after an exception Lightning does not call teardown
 
     def _loaders(self, trainer: Trainer) -> dict[str, Any]:
-        loaders = {"training": trainer.train_dataloader, "validation": trainer.val_dataloaders}
-        wanted = {"train": ["training"], "val": ["validation"], "both": [*loaders]}[self.data]
-        return {name: loaders[name] for name in wanted}
+        loaders = {"training": trainer.train_dataloader} if self.data != "val" else {}
+        if self.data != "train":
+            loaders["validation"] = val_loaders(trainer, self.state_key, "set data='train'")
+        return loaders
 
     def wanted(self, trainer: Trainer) -> dict[str, Any]:
         return self._loaders(trainer) if self.mode == "exact" and self.ends.is_due(trainer) else {}

@@ -11,6 +11,7 @@ from lightning_feat.joints.data.calls import Forward
 from lightning_feat.joints.data.epoch_ends import EpochEnds, MeasuresAtEpochEnds
 from lightning_feat.joints.data.processes import full_tensor, gather_samples
 from lightning_feat.joints.data.shared_pass import Again, read_clean, try_reading
+from lightning_feat.joints.data.val_loader import make_val_loader, val_loaders
 from lightning_feat.joints.data.ways import Ways
 from lightning_feat.joints.features.batches import TargetKey, targets_of
 from lightning_feat.joints.features.nonfinite import NonfiniteWatch
@@ -86,9 +87,10 @@ class RegressionCollapseMonitor(MeasuresAtEpochEnds):
         check_found(pl_module, self.state_key, [self.tap], only_reads=True)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.data == "val":
+            make_val_loader(trainer)
         for name, loader in self._loader(trainer).items():  # what is wrong with data or network is said now
-            if loader is not None or name == "training":
-                try_reading(trainer, pl_module, self, name, loader)
+            try_reading(trainer, pl_module, self, name, loader)
 
     def wanted(self, trainer: Trainer) -> dict[str, Any]:
         return self._loader(trainer) if self.ends.is_due(trainer) else {}
@@ -98,7 +100,7 @@ class RegressionCollapseMonitor(MeasuresAtEpochEnds):
 
     def _loader(self, trainer: Trainer) -> dict[str, Any]:
         if self.data == "val":
-            return {"validation": trainer.val_dataloaders}
+            return {"validation": val_loaders(trainer, self.state_key, "set data='train'")}
         return {"training": trainer.train_dataloader}
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -14,7 +14,7 @@ from lightning_feat.joints.data.epoch_ends import EpochEnds, MeasuresAtEpochEnds
 from lightning_feat.joints.data.pass_progress import pass_progress
 from lightning_feat.joints.data.passes import clean_loader, try_first_batch
 from lightning_feat.joints.data.shared_pass import read_clean
-from lightning_feat.joints.data.val_loader import make_val_loader
+from lightning_feat.joints.data.val_loader import make_val_loader, val_loaders
 from lightning_feat.joints.data.ways import Ways
 from lightning_feat.joints.features.batches import TargetKey
 from lightning_feat.joints.features.pooling import Pooling
@@ -230,13 +230,9 @@ class FeatureReport(MeasuresAtEpochEnds):
         self.page.path = Path(self._folder) / self.filename
 
     def _loader(self, trainer: Trainer) -> Any:
-        loader = trainer.val_dataloaders if self.data == "val" else trainer.train_dataloader
-        if loader is None or loader == []:
-            raise ValueError(
-                f"{self.state_key} has nothing to look at: the run has no validation data. Give the Trainer some, or "
-                "take data='train'."
-            )
-        return loader
+        if self.data == "train":
+            return trainer.train_dataloader
+        return val_loaders(trainer, self.state_key, "take data='train'")
 
     def _let_go(self, pl_module: LightningModule) -> None:
         self.ears.remove()

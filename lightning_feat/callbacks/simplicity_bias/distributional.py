@@ -14,7 +14,7 @@ from lightning_feat.joints.data.drawn import drawn_batches
 from lightning_feat.joints.data.epoch_ends import EpochEnds, MeasuresAtEpochEnds
 from lightning_feat.joints.data.passes import hear, whole_set
 from lightning_feat.joints.data.trace import without_trace
-from lightning_feat.joints.data.val_loader import make_val_loader
+from lightning_feat.joints.data.val_loader import make_val_loader, val_loaders
 from lightning_feat.joints.data.ways import Ways
 from lightning_feat.joints.features.batches import TargetKey, class_indices, targets_of
 from lightning_feat.joints.features.inputs import InputKey, floating_inputs, with_inputs
@@ -139,7 +139,9 @@ class DistributionalSimplicityMonitor(MeasuresAtEpochEnds):
 
     def _made(self, trainer: Trainer, module: LightningModule) -> "list[_Examples]":
         """The examples and their clones; of several processes each has all of those that they share."""
-        loader = trainer.train_dataloader if self.data == "train" else trainer.val_dataloaders
+        loader = (
+            val_loaders(trainer, self.state_key, "set data='train'") if self.data == "val" else trainer.train_dataloader
+        )
         self._shared = whole_set(trainer, loader, self.data)[2]
         batches = drawn_batches(trainer, module, loader, self.data, self.num_examples, self.seed)
         inputs = [floating_inputs(batch, self.input_key) for batch in batches]

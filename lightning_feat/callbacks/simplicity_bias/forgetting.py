@@ -155,12 +155,12 @@ class ForgettingMonitor(MeasuresAtEpochEnds):
             self._check_first(trainer, pl_module, batch)
         for what, length in (
             ("the selection is of", None if self._selection is None else len(self._selection.slow)),
-            ("the checkpoint knows", None if self.times is None else len(self.times.forgetting)),
+            ("what was seen so far is of", None if self.times is None else len(self.times.forgetting)),
         ):
             if length is not None and length != size:
                 raise ValueError(
                     f"{self.state_key}: {what} {length} examples, but the training data have {size}: give the data it "
-                    "was made for."
+                    "was made for, or make a new callback for others."
                 )
 
     def _check_first(self, trainer: Trainer, module: LightningModule, batch: Any) -> None:

@@ -15,7 +15,7 @@ from lightning_feat.joints.data.drawn import drawn_batches
 from lightning_feat.joints.data.epoch_ends import EpochEnds, MeasuresAtEpochEnds
 from lightning_feat.joints.data.passes import clean_loader, try_first_batch
 from lightning_feat.joints.data.shared_pass import read_clean
-from lightning_feat.joints.data.val_loader import make_val_loader
+from lightning_feat.joints.data.val_loader import make_val_loader, val_loaders
 from lightning_feat.joints.data.ways import Ways
 from lightning_feat.joints.features.batches import TargetKey, class_indices, targets_of
 from lightning_feat.joints.features.inputs import InputKey, floating_inputs
@@ -157,10 +157,9 @@ class FeatureRelianceMonitor(MeasuresAtEpochEnds):
 
     def loader(self, trainer: Trainer) -> Any:
         """Of the data that are measured."""
-        loader = trainer.train_dataloader if self.data == "train" else trainer.val_dataloaders
-        if loader is None or loader == []:
-            raise ValueError(f"{self.state_key} has no {self.data} data: give the Trainer some, or set data='train'.")
-        return loader
+        if self.data == "train":
+            return trainer.train_dataloader
+        return val_loaders(trainer, self.state_key, "set data='train'")
 
     def classes(self, batch: Any, num_samples: int) -> Tensor:
         """Class indices ``(num_samples,)``, below zero where there is none."""

@@ -35,7 +35,7 @@ from lightning_feat.joints.data.restart import (
     warn_of_lost_hooks,
 )
 from lightning_feat.joints.data.samplers import processes_share
-from lightning_feat.joints.data.train_loader import one_train_loader
+from lightning_feat.joints.data.train_loader import one_train_loader, part_of_batch
 from lightning_feat.joints.features.batches import TargetKey, class_indices, targets_of
 from lightning_feat.joints.loss.engine import add_loss_term, remove_loss_term
 from lightning_feat.joints.module.head_check import check_found, forget_check
@@ -187,10 +187,7 @@ class SimplicityBiasUpsampler(DataPlan):
         size = len(loader.dataset)
         if self.selection is not None:
             if len(self.selection.slow) != size:
-                raise ValueError(
-                    f"the selection is of {len(self.selection.slow)} examples, but the training data have {size}: "
-                    "choose anew, or give the data it was made for."
-                )
+                raise ValueError(self._of_other_data(len(self.selection.slow), size))
         else:
             clean = self._clean(trainer, pl_module)  # what is wrong with the data is said now
             if trainer.is_global_zero:
@@ -208,7 +205,7 @@ class SimplicityBiasUpsampler(DataPlan):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if batch_idx == 0 and self._stage == "searching":  # what is wrong with the targets is said now
-            targets = targets_of(batch, self.target_key)
+            targets = targets_of(part_of_batch(trainer, batch, self.loader), self.target_key)
             class_indices(targets, targets.numel(), "the targets")
         if self._step_hooks:
             warn_of_lost_hooks(trainer, self._step_hooks)
@@ -223,7 +220,7 @@ class SimplicityBiasUpsampler(DataPlan):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self._seeks_knee:
-            self.knee.take(batch)
+            self.knee.take(part_of_batch(trainer, batch, self.loader))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.selection is not None:
@@ -304,6 +301,12 @@ class SimplicityBiasUpsampler(DataPlan):
             self._use()
         if trainer.is_global_zero and self._folder:
             write_selection(trainer, self.selection, self._folder, self.state_key)
+
+    def _of_other_data(self, number: int, size: int, epoch: int = 0) -> str:
+        return (
+            f"{self.state_key}: the selection is of {number} examples, but the training data have {size}: give the "
+            "data it was made for, or choose anew, by a new callback."
+        )
 
     def _use(self) -> None:
         self._stage = "using"

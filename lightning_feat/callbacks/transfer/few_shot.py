@@ -15,7 +15,7 @@ from lightning_feat.joints.data.calls import Forward
 from lightning_feat.joints.data.epoch_ends import EpochEnds, MeasuresAtEpochEnds
 from lightning_feat.joints.data.samples import Samples, loaders_of, try_parts
 from lightning_feat.joints.data.shared_pass import read_clean
-from lightning_feat.joints.data.val_loader import make_val_loader
+from lightning_feat.joints.data.val_loader import make_val_loader, val_loaders
 from lightning_feat.joints.data.ways import Ways
 from lightning_feat.joints.features.batches import TargetKey
 from lightning_feat.joints.features.nonfinite import NonfiniteWatch
@@ -199,9 +199,4 @@ class FewShotMonitor(MeasuresAtEpochEnds):
     def _parts(self, trainer: Trainer) -> dict[str, Any]:
         if self.data is not None:
             return self._loaders
-        if trainer.val_dataloaders is not None and trainer.val_dataloaders != []:
-            return {_RUN: trainer.val_dataloaders}
-        raise ValueError(
-            f"{self.state_key} has nothing to look at: the run has no validation data. Give the Trainer some, or the "
-            "monitor data of its own (argument `data`)."
-        )
+        return {_RUN: val_loaders(trainer, self.state_key, "give the monitor data of its own (argument `data`)")}

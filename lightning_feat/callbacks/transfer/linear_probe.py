@@ -19,7 +19,7 @@ from lightning_feat.joints.data.calls import Forward
 from lightning_feat.joints.data.epoch_ends import EpochEnds, MeasuresAtEpochEnds
 from lightning_feat.joints.data.samples import Loaders, Samples, loaders_of, try_parts
 from lightning_feat.joints.data.shared_pass import read_clean
-from lightning_feat.joints.data.val_loader import make_val_loader
+from lightning_feat.joints.data.val_loader import make_val_loader, val_loaders
 from lightning_feat.joints.data.ways import Ways
 from lightning_feat.joints.features.batches import TargetKey
 from lightning_feat.joints.features.nonfinite import NonfiniteWatch
@@ -190,13 +190,14 @@ class LinearProbe(MeasuresAtEpochEnds):
         parts = {name: loader for name, loader in self.loaders.items() if loader is not None}
         if not parts:
             parts = {"train": trainer.train_dataloader}
-            if trainer.val_dataloaders is not None and trainer.val_dataloaders != []:
-                parts["val"] = trainer.val_dataloaders
+            parts["val"] = val_loaders(
+                trainer, self.state_key, "give the probe loaders of its own (arguments `data`, or `train` and `test`)"
+            )
         if "test" not in parts and "val" in parts:
             parts["test"] = parts.pop("val")
         if "test" not in parts:
             raise ValueError(
-                f"{self.state_key} has nothing to test on: the run has no validation data. Give the Trainer validation "
-                "data, or the probe loaders of its own (arguments `data`, or `train` and `test`)."
+                f"{self.state_key} has nothing to test on: the datamodule {type(self.data).__name__} has no test or "
+                "validation loader. Give it one, or give the loaders themselves (arguments train and test)."
             )
         return {str(name): loader for name, loader in parts.items()}

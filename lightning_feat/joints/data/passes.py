@@ -65,12 +65,10 @@ def whole_set(trainer: Trainer, loader: Any, name: str) -> tuple[DataLoader[Any]
     """
     loader = loader[0] if isinstance(loader, list) and len(loader) == 1 else loader
     if loader is None or (isinstance(loader, list) and not loader):
-        raise ValueError(
-            f"there are no {name} data yet: give the Trainer some, and where the first validation comes late leave its "
-            "sanity check on (num_sanity_val_steps)."
-        )
+        raise ValueError(f"there are no {name} data: give the Trainer some.")
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
-        what = type(loader).__name__ if not isinstance(loader, DataLoader) else "a DataLoader over an IterableDataset"
+        what = "a DataLoader over an IterableDataset" if isinstance(loader, DataLoader) else type(loader).__name__
+        what = f"a {what} of {len(loader)}" if isinstance(loader, (list, tuple, dict)) else what
         raise ValueError(
             f"a pass over the {name} data needs one DataLoader over a map-style data set, got {what}: choose the "
             "online mode of a monitor that has one, which sees the batches as they pass."

@@ -98,6 +98,16 @@ def one_train_loader(trainer: Trainer, name: str | int | None) -> Any:
     return loaders
 
 
+def part_of_batch(trainer: Trainer, batch: Any, name: str | int | None) -> Any:
+    """Of a training batch what comes from the loader that ``name`` says; all of it where there is but one loader."""
+    loaders = trainer.train_dataloader
+    if isinstance(loaders, dict) and isinstance(batch, dict) and batch.keys() == loaders.keys():
+        return batch[_one_of(loaders, name)]
+    if isinstance(loaders, (list, tuple)) and isinstance(batch, (list, tuple)) and len(batch) == len(loaders):
+        return batch[_one_of(dict(enumerate(loaders)), name)]
+    return batch
+
+
 def _changed(loaders: Any, name: str | int | None, change: Change) -> Any:
     if isinstance(loaders, CombinedLoader):
         cycles = loaders._mode == "max_size_cycle"

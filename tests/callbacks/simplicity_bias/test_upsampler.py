@@ -327,6 +327,28 @@ def test_the_knee_of_the_training_loss(tmp_path):
     assert 1 < upsampler.selection.epoch < 60
 
 
+def test_of_several_training_loaders_the_batches_of_its_own_are_heard(tmp_path):
+    class Several(Losing):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch["mine"], batch_idx)
+
+    upsampler = SimplicityBiasUpsampler(separating_epoch="knee", restart=False, loader="mine")
+    module = Several(lr=0.5)
+    fit(tmp_path, module, upsampler, max_epochs=60, data={"other": loader(), "mine": loader()})
+    means = [sum(n * loss for n, loss in epoch) / SIZE for epoch in module.losses.values()]
+    torch.testing.assert_close(upsampler.knee.losses, means[: len(upsampler.knee.losses)])
+    assert upsampler.selection is not None
+
+
+def test_a_selection_is_not_taken_for_other_data(tmp_path):
+    upsampler = SimplicityBiasUpsampler(separating_epoch=1, restart=False)
+    module = Plain()
+    run = fit(tmp_path, module, upsampler, max_epochs=2)
+    run.fit_loop.max_epochs = 3
+    with pytest.raises(ValueError, match="the selection is of 22 examples, but the training data have 12: give"):
+        run.fit(module, DataLoader(points(12), batch_size=4))
+
+
 class Shaken(Dataset):
     def __len__(self):
         return SIZE

@@ -155,7 +155,7 @@ class Stream(IterableDataset):
     ("kwargs", "data", "val", "text"),
     [
         ({"layer": "net.bodi"}, None, True, "has no layer 'net.bodi'. Nearest: net.body"),
-        ({}, None, False, "nothing to test on: the run has no validation data"),
+        ({}, None, False, "nothing to look at: the run has no validation data"),
         ({}, DataLoader(Stream(), 8), True, "a pass over the train data needs one DataLoader over a map-style"),
     ],
 )
