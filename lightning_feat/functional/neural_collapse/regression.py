@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.linalg import matrix_norm, vector_norm
 
 from lightning_feat.functional.common.class_sums import to_float64
-from lightning_feat.functional.common.directions import rounding_of
+from lightning_feat.functional.common.directions import rounding_of, thin_svd
 from lightning_feat.functional.common.shapes import check_shapes
 
 
@@ -40,8 +40,16 @@ def _outside(features: Tensor, directions_rD: Tensor) -> Tensor:
     return (unit_ND - unit_ND @ directions_rD.T @ directions_rD).square().sum(1).mean()
 
 
+def _rounding(dtype: torch.dtype, direction_rD: Tensor, rows_nD: Tensor) -> Tensor:
+    """``(r,)`` how much along each direction the rounding of the rows, kept in this dtype, may make."""
+    off = rounding_of(dtype) * (1 + (rows_nD.shape[1] / len(rows_nD)) ** 0.5)
+    found: Tensor = off * (direction_rD.square() @ rows_nD.square().sum(0)).sqrt()
+    return found
+
+
 def nrc1(features: Tensor, num_targets: int, centered: bool = True) -> Tensor:
-    """Share of the normalised features outside their own top ``num_targets`` principal components, in [0, 1].
+    """Share of the normalised features outside their own top ``num_targets`` principal components, in [0, 1]; nan where
+    they have none. Components that hold rounding alone count as none, such as those beyond N - 1 of N samples.
 
     Args:
         features: ``(N, D)``.
@@ -58,8 +66,10 @@ def nrc1(features: Tensor, num_targets: int, centered: bool = True) -> Tensor:
     basis_ND = h_ND - h_ND.mean(0) if centered else h_ND
     if not basis_ND.isfinite().all() or len(basis_ND) == 0:
         return h_ND.new_full((), torch.nan)
-    _, vector_DD = torch.linalg.eigh(basis_ND.T @ basis_ND)
-    return _outside(h_ND, vector_DD[:, -num_targets:].T)
+    value_r, direction_rD = thin_svd(basis_ND)
+    value_r, direction_rD = value_r[:num_targets], direction_rD[:num_targets]
+    kept_r = value_r > _rounding(features.dtype, direction_rD, h_ND)
+    return _outside(h_ND, direction_rD[kept_r]) if kept_r.any() else h_ND.new_full((), torch.nan)
 
 
 def nrc2(features: Tensor, weight: Tensor) -> Tensor:
@@ -70,9 +80,7 @@ def nrc2(features: Tensor, weight: Tensor) -> Tensor:
         return w_nD.new_full((), torch.nan)
     _, value_r, direction_rD = torch.linalg.svd(w_nD, full_matrices=False)
     # Directions that the head leaves empty hold the rounding of the dtype it is kept in.
-    off = rounding_of(weight.dtype) * (1 + (w_nD.shape[1] / len(w_nD)) ** 0.5)
-    off_r = off * (direction_rD.square() @ w_nD.square().sum(0)).sqrt()
-    return _outside(to_float64(features), direction_rD[value_r > off_r])
+    return _outside(to_float64(features), direction_rD[value_r > _rounding(weight.dtype, direction_rD, w_nD)])
 
 
 def _root(covariance: Tensor) -> Tensor:

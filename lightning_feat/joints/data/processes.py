@@ -60,7 +60,8 @@ def gather_on_first(trainer: Trainer, rows: Tensor, indices: Tensor) -> tuple[Te
         sent = torch.zeros(size, *shape, dtype=rows.dtype, device=device)
         named = torch.full((size,), -1, dtype=torch.long, device=device)
         piece = rows[start : start + size]
-        sent[: len(piece)], named[: len(piece)] = piece.to(device), indices[start : start + size].to(device)
+        if len(piece):  # a process without rows does not know how wide they are
+            sent[: len(piece)], named[: len(piece)] = piece.to(device), indices[start : start + size].to(device)
         all_sent, all_named = strategy.all_gather(sent), strategy.all_gather(named)
         if trainer.is_global_zero:
             there = all_named >= 0

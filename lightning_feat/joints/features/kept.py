@@ -143,6 +143,7 @@ class _State:
 
     def __init__(self, generator: Any) -> None:
         self.generator = generator
+        self.state: Any
         if isinstance(generator, np.random.Generator):
             self.state = generator.bit_generator.state
         else:

@@ -104,6 +104,17 @@ def test_a_head_of_less_than_full_rank_and_zero_features():
     assert float(nrc.nrc2(features, weight)) == pytest.approx(0.5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_components_that_are_rounding_count_as_none(dtype):
+    """Three samples span two components when centred; a third one would be any direction."""
+    features = targets(3, 6).to(dtype)
+    assert torch.equal(nrc.nrc1(features, 3), nrc.nrc1(features, 2))
+    bottleneck = targets(30, 2) @ targets(2, 6, seed=1)[:, :6]  # of width two
+    expected = nrc.nrc1(bottleneck, 2)
+    torch.testing.assert_close(nrc.nrc1(bottleneck.to(dtype), 4), expected, rtol=1e-5, atol=1e-6)
+    assert nrc.nrc1(features[:1], 3).isnan()
+
+
 def test_undefined_is_nan():
     assert nrc.nrc3(torch.ones(1, 4), torch.ones(1, 1), 0.0).isnan()
     assert nrc.nrc1(torch.full((3, 2), torch.nan), 1).isnan()

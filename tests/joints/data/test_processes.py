@@ -4,15 +4,36 @@ import json
 import os
 import warnings
 
+import pytest
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader
 
-from lightning_feat.callbacks import LinearProbe, MixupGeometryMonitor
+from lightning_feat.callbacks import (
+    DistributionalSimplicityMonitor,
+    FeatureRelianceMonitor,
+    FeatureReport,
+    FewShotMonitor,
+    LinearProbe,
+    MixupGeometryMonitor,
+    NeuralCollapseMonitor,
+    SharpnessMonitor,
+)
 from lightning_feat.joints.data.processes import gather_on_first, gather_samples
 from tests.helpers import Plain, points, trainer
 from tests.pairs import two_processes
+
+READERS = {
+    "mixup_geometry/calibration_error": lambda: MixupGeometryMonitor(num_pairs=4),
+    "linear_probe/accuracy": lambda: LinearProbe(every_n_epochs=1, penalties=[0.1]),
+    "few_shot/cdnv": lambda: FewShotMonitor(shots=[1], episodes=2, every_n_epochs=1),
+    "feature_reliance/accuracy": lambda: FeatureRelianceMonitor({"first": 0}),
+    "distributional_simplicity/accuracy_real": lambda: DistributionalSimplicityMonitor(data="val"),
+    "sharpness/": lambda: SharpnessMonitor(data="val", max_products=3),
+    "neural_collapse": lambda: NeuralCollapseMonitor(mode="exact", data="val"),
+    "report": lambda: FeatureReport(every_n_epochs=1),
+}
 
 
 class Gathers(Plain):
@@ -23,7 +44,8 @@ class Gathers(Plain):
         index = torch.arange(2) if mine else torch.zeros(0, dtype=torch.long)
         rows = torch.tensor([[1.5, 2.0, -3.0], [0.25, 0.0, 7.0]]).bfloat16() if mine else torch.zeros(0, 1)
         features, targets, _ = gather_samples(rows, index, index)
-        on_first = gather_on_first(self.trainer, rows.half() if mine else rows, index)
+        # As little as a process can know of rows that it has none of.
+        on_first = gather_on_first(self.trainer, rows.half() if mine else torch.zeros(0, 0), index)
         self.found = {"samples": [features.tolist(), str(features.dtype), targets.tolist()]}
         self.found["on first"] = None if on_first is None else [on_first[0].tolist(), str(on_first[0].dtype)]
 
@@ -36,8 +58,8 @@ def worker(process, port, folder):
     module = Gathers()
     run = trainer(
         folder,
-        # Both look at the validation data, which the second process has none of.
-        callbacks=[MixupGeometryMonitor(num_pairs=4), LinearProbe(every_n_epochs=1, penalties=[0.1])],
+        # All look at the validation data, which the second process has none of.
+        callbacks=[make() for make in READERS.values()],
         strategy=DDPStrategy(process_group_backend="gloo"),
         devices=2,
         plugins=[MixedPrecision("bf16-mixed", "cpu")],
@@ -56,5 +78,8 @@ def test_a_process_without_samples(tmp_path):
     assert (first["on first"], second["on first"]) == ([rows, "torch.float16"], None)
     assert first["logged"]["linear_probe/accuracy/penultimate"] in (0.0, 1.0)  # of one sample
     assert 0 <= first["logged"]["mixup_geometry/calibration_error/penultimate"] <= 1
-    for name in ("linear_probe/accuracy/penultimate", "mixup_geometry/calibration_error/penultimate"):
-        assert first["logged"][name] == second["logged"][name]
+    assert first["logged"].keys() == second["logged"].keys()
+    for name, value in first["logged"].items():
+        assert second["logged"][name] == pytest.approx(value, nan_ok=True), name
+    for prefix in READERS.keys() - {"report"}:
+        assert any(name.startswith(prefix) for name in first["logged"]), prefix
