@@ -61,6 +61,8 @@ CALLBACKS = [
     Entry("RegressionCollapseMonitor", lambda _: [ours.RegressionCollapseMonitor()], task="regression"),
     Entry("MixupGeometryMonitor", lambda _: [ours.MixupGeometryMonitor(num_pairs=64)]),
     Entry("LinearProbe (every epoch)", lambda _: [ours.LinearProbe(every_n_epochs=1)]),
+    Entry("SpectrumMonitor (4 layers)", lambda _: [ours.SpectrumMonitor(LAYERS)]),
+    Entry("UniformityRegularizer", lambda _: [ours.UniformityRegularizer()]),
     Entry("ClassNormRealignment", lambda _: [ours.ClassNormRealignment()]),
     Entry("FewShotMonitor (every epoch)", lambda _: [ours.FewShotMonitor(every_n_epochs=1)]),
     Entry("FeatureReport (page)", lambda _: [ours.FeatureReport()]),

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lightning_feat"
-FAMILIES = {"neural_collapse", "grassmann", "simplicity_bias", "feature_shift", "transfer"}
+FAMILIES = {"neural_collapse", "grassmann", "simplicity_bias", "feature_shift", "transfer", "spectrum"}
 BY_FAMILY = ("callbacks", "functional")  # the kinds that have a room for each family
 SHARED = {  # what stands beside the families in a kind
     "callbacks": {"reports", "data_plan", "feature_regularizer", "after_training"},

@@ -28,6 +28,7 @@ from lightning_feat.callbacks.simplicity_bias import (
     SharpnessMonitor,
     SimplicityBiasUpsampler,
 )
+from lightning_feat.callbacks.spectrum import SpectrumMonitor, UniformityRegularizer
 from lightning_feat.callbacks.transfer import FewShotMonitor, LinearProbe
 from lightning_feat.joints.loss.regularizer import Regularizer
 from lightning_feat.joints.loss.terms import WeightSchedule
@@ -61,7 +62,9 @@ __all__ = [
     "SharpnessMonitor",
     "SimplexETFHead",
     "SimplicityBiasUpsampler",
+    "SpectrumMonitor",
     "SummaryTable",
+    "UniformityRegularizer",
     "WeightSchedule",
     "load_with_head",
     "realign_classifier",

@@ -6,6 +6,7 @@ from lightning_feat.mixins.grassmann import GrassmannMixin
 from lightning_feat.mixins.loss_terms import LossTermsMixin
 from lightning_feat.mixins.neural_collapse import NeuralCollapseMixin, SimplexETFMixin
 from lightning_feat.mixins.simplicity_bias import SimplicityBiasMixin
+from lightning_feat.mixins.spectrum import SpectrumMixin
 
 __all__ = [
     "CallbacksMixin",
@@ -16,4 +17,5 @@ __all__ = [
     "PromptMixin",
     "SimplexETFMixin",
     "SimplicityBiasMixin",
+    "SpectrumMixin",
 ]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_feat.report.collecting.budget import lowest_lots
+from lightning_feat.functional.common.lots import lowest_lots
 from lightning_feat.report.embedding import Map, check_map, embeddings
 from lightning_feat.report.feature_set import (
     MOST_ROWS,

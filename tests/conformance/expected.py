@@ -132,6 +132,13 @@ def probe(module: Any) -> Values:
     return {"linear_probe/accuracy/penultimate": float(found.accuracy)}
 
 
+def spectrum(module: Any) -> Values:
+    """RankMe of the validation data, by its definition."""
+    singular = torch.linalg.svdvals(measured(module, "val")[0].double())
+    share = singular / singular.sum()
+    return {"spectrum_val/rankme/penultimate": float(torch.special.entr(share).sum().exp())}
+
+
 def few_shots(module: Any) -> Values:
     """Three episodes of one shot from the validation data."""
     features, targets, _ = measured(module, "val")

@@ -23,11 +23,12 @@ from lightning_feat.functional.neural_collapse.losses import (
 )
 from lightning_feat.functional.simplicity_bias.clusters import slow_examples
 from lightning_feat.functional.simplicity_bias.sharpness import sharpness_step
+from lightning_feat.functional.spectrum import wasserstein_uniformity
 from lightning_feat.layers import DeepPrompts, GrassmannLinear, SimplexETF
 from tests.conformance.expected import measured
 from tests.conformance.modules import NUM_CLASSES, WIDTH
 
-SPREAD_WEIGHT, PULL_WEIGHT, PUSH_WEIGHT, GRAM_WEIGHT = 0.3, 0.2, 0.1, 0.01
+SPREAD_WEIGHT, PULL_WEIGHT, PUSH_WEIGHT, GRAM_WEIGHT, UNIFORMITY_WEIGHT = 0.3, 0.2, 0.1, 0.01, 0.1
 
 
 def spread(features: Tensor, targets: Tensor) -> Tensor:
@@ -103,6 +104,15 @@ class Spread(Method):
         value = spread(features, targets)
         module.note("spread/loss/penultimate", batch_idx, value)
         return loss + SPREAD_WEIGHT * value
+
+
+class Uniformity(Method):
+    """``UniformityRegularizer(weight=0.1)``."""
+
+    def loss(self, module: Any, loss: Tensor, features: Tensor, targets: Tensor, batch_idx: int) -> Tensor:
+        value = wasserstein_uniformity(features.float())
+        module.note("uniformity_wasserstein/loss/penultimate", batch_idx, value)
+        return loss + UNIFORMITY_WEIGHT * value
 
 
 class CollapseLosses(Method):

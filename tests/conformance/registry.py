@@ -152,6 +152,22 @@ CALLBACKS = [
         failure=Failure("lightning_feat.joints.loss.terms.FeatureLossTerm.value", "loss"),
     ),
     Entry(
+        "SpectrumMonitor",
+        "monitor",
+        values=expected.spectrum,
+        refuses={"several validation loaders": ONE_LOADER},
+        failure=Failure("lightning_feat.callbacks.spectrum.spectrum_pass.add_moment_sums_", "epoch end", call=5),
+    ),
+    Entry(
+        "UniformityRegularizer",
+        "regularizer",
+        {"weight": methods.UNIFORMITY_WEIGHT},
+        written=[methods.Uniformity],
+        values=expected.terms,
+        refuses=TERM,
+        failure=Failure("lightning_feat.joints.loss.terms.FeatureLossTerm.value", "loss"),
+    ),
+    Entry(
         "NeuralCollapseRegularizer",
         "regularizer",
         {"pull_weight": methods.PULL_WEIGHT},

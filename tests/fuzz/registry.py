@@ -22,6 +22,7 @@ from lightning_feat.functional.neural_collapse.mixup import MixSums, mix_sums
 from lightning_feat.functional.neural_collapse.pairs import pair_statistics
 from lightning_feat.functional.simplicity_bias.blocks import crossed_counts
 from lightning_feat.functional.simplicity_bias.forgetting import learning_times
+from lightning_feat.functional.spectrum.moments import empty_moment_sums, moment_sums
 from lightning_feat.functional.transfer.class_separation import direction_sums, pair_angle_sums
 from tests.fuzz import definitions as slow
 from tests.fuzz.worlds import FINITE, World
@@ -83,6 +84,10 @@ def _with_moment(w: World) -> tuple[Any, ...]:
 
 def _vectors(w: World) -> tuple[Tensor]:
     return (w.vectors(),)
+
+
+def _moments(w: World) -> tuple[Any, ...]:
+    return (moment_sums(w.features()),)
 
 
 def _weight_and_means(w: World) -> tuple[Tensor, Tensor]:
@@ -507,7 +512,35 @@ CASES: dict[str, Case] = {
     ),
     "simplicity_bias.useful_indices": F32(lambda w: (w.features(), w.losses(), w.targets()), degree=0),
     "transfer.few_shot_error": Case(lambda w: (*_features(w)[:2], 1, 3), _generator, degree=0),
-    "neural_collapse.effective_rank": Case(lambda w: (w.weights(),), degree=0),
+    "common.effective_rank": Case(lambda w: (w.weights(),), degree=0, gradient=True),
+    "common.lots": Case(lambda w: (torch.arange(w.num_samples), w.seed)),
+    "common.lowest_lots": Case(lambda w: (torch.arange(w.num_samples), 3, w.seed)),
+    "spectrum.empty_moment_sums": Case(lambda w: (w.num_features,)),
+    "spectrum.moment_sums": Case(
+        lambda w: (w.features(),), degree=(0, 1, 2), samples="nothing", adds=True, gradient=True
+    ),
+    "spectrum.add_moment_sums_": Case(
+        lambda w: (empty_moment_sums(w.num_features), w.features(), w.weights()), degree=(0, 1, 2), mutates=(0,)
+    ),
+    "spectrum.covariance": Case(_moments, degree=2, samples="nothing"),
+    "spectrum.covariance_spectrum": Case(_moments, degree=2, samples="nothing", tolerance=1e-6),
+    "spectrum.rankme": Case(lambda w: (w.features(),), degree=0, samples="nothing", gradient=True, tolerance=1e-6),
+    "spectrum.lidar": Case(lambda w: _features(w)[:2], samples="nothing", tolerance=1e-6),
+    "spectrum.spectral_decay": Case(
+        lambda w: (w.weights().sort(descending=True).values,), degree=(0, 0), tolerance=1e-6
+    ),
+    "spectrum.wasserstein_uniformity": F32(lambda w: (w.features(),), degree=0, samples="nothing", tolerance=1e-6),
+    "spectrum.wasserstein_uniformity_of_sums": Case(
+        lambda w: (moment_sums(torch.nn.functional.normalize(w.features().double(), dim=1)),), samples="nothing"
+    ),
+    "spectrum.gaussian_uniformity": F32(lambda w: (w.features(),), degree=0, samples="nothing", gradient=True),
+    "spectrum.alignment": F32(_shifted, degree=0, samples="nothing", gradient=True),
+    "spectrum.tolerance": Case(
+        lambda w: (direction_sums(w.features(), w.targets(), w.num_classes),), samples="nothing"
+    ),
+    "spectrum.koleo": F32(lambda w: (w.features(),), degree=0, samples="nothing"),
+    "spectrum.hyperspherical_energy": Case(lambda w: (w.features(),), degree=0, samples="nothing", tolerance=1e-6),
+    "spectrum.channel_energy": Case(_moments, degree=0, samples="nothing", tolerance=1e-6),
     "transfer.nearest_neighbours": F32(lambda w: (w.features(), 3), degree=0),
     "transfer.neighbour_accuracy": Case(
         lambda w: (torch.arange(w.num_samples)[:, None], w.targets()), samples="nothing"
@@ -520,6 +553,10 @@ CASES: dict[str, Case] = {
 # What may be done to an argument, by its place, so that it is still right: see ``spoiled`` in test_functional.py.
 _VECTORS, _CLASSES, _COUNTS, _ROWS = {"deep", "flat"}, {"beyond", "below"}, {"beyond", "broken"}, {"short"}
 STILL_FIT: dict[str, dict[int, set[str]]] = {
+    "common.effective_rank": {0: {"deep"}},
+    "common.lots": {0: {"below", "beyond", "short"}},
+    "common.lowest_lots": {0: {"below", "beyond", "short"}},
+    "spectrum.lidar": {1: {"beyond"}},
     "transfer.neighbour_accuracy": {1: _CLASSES},
     "transfer.sample_of_each_class": {0: _CLASSES},
     "common.check_target_range": {0: {"deep", "scalar", "broken"}},

@@ -27,6 +27,10 @@ def samples(seed, size=24):
     return features, torch.arange(size) % C
 
 
+def features_of(seed, size=24):
+    return samples(seed, size)[:1]
+
+
 def basis(seed, size=C):
     return (random_basis(size, 2, D, generator=torch.Generator().manual_seed(seed)),)
 
@@ -37,6 +41,10 @@ MADE = {
     "one measure": (lambda: ours.NeuralCollapse(C, D, measures="nc1_quotient"), samples),
     "separation": (lambda: ours.ClassSeparation(C, D), samples),
     "variability": (lambda: ours.WithinClassVariability(C, D), samples),
+    "effective rank": (lambda: ours.EffectiveRank(D), features_of),
+    "rankme": (lambda: ours.RankMe(D), features_of),
+    "decay": (lambda: ours.SpectrumDecay(D), features_of),
+    "uniformity": (lambda: ours.WassersteinUniformity(D), features_of),
     "angle": (lambda: ours.SubspaceAngle(), basis),
     "smallest angle": (lambda: ours.SubspaceAngle("smallest"), basis),
     "distance": (lambda: ours.SubspaceDistance(start=basis(9)[0]), basis),

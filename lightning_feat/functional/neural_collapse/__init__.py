@@ -11,6 +11,7 @@ from lightning_feat.functional.common.class_sums import (
     second_moment,
 )
 from lightning_feat.functional.common.directions import rounding_of
+from lightning_feat.functional.common.effective_rank import effective_rank
 from lightning_feat.functional.common.second_pass import (
     CenterSums,
     ClassCenters,
@@ -116,7 +117,6 @@ from lightning_feat.functional.neural_collapse.variability import (
     cdnv_worst_pair,
     class_distance_normalized_variance,
     covariance_spectrum,
-    effective_rank,
     nc1_pinv,
     nc1_pinv_over_k,
     nc1_projected_over_k,

@@ -267,22 +267,3 @@ def between_effective_rank(
     spread, squares = value_r.sum(), present_class_means(totals).square().sum()
     rank: Tensor = torch.special.entr(value_r / spread).sum().exp()
     return torch.where(spread > rounding**2 * squares, rank, torch.nan)
-
-
-def effective_rank(spectrum: Tensor) -> Tensor:
-    """Number of directions that a spread fills: the exponential of the entropy of its normalised eigenvalues.
-
-    One where it lies on a line, D where it is the same in D directions; nan where there is none. Source: Roy and
-    Vetterli, "The effective rank", EUSIPCO 2007.
-
-    Args:
-        spectrum: ``(D,)`` eigenvalues of a covariance, none below zero.
-
-    Example:
-        >>> effective_rank(torch.tensor([2.0, 2.0, 0.0]))
-        tensor(2., dtype=torch.float64)
-    """
-    check_shapes(spectrum=(spectrum, "D"))
-    value_D = to_float64(spectrum)
-    rank: Tensor = torch.special.entr(value_D / value_D.sum()).sum().exp()
-    return torch.where(value_D.sum() > 0, rank, torch.nan)

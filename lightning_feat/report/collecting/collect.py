@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import Subset
 
+from lightning_feat.functional.common.lots import lowest_lots
 from lightning_feat.joints.data.passes import clean_batches, clean_loader, loader_like, run_forward
 from lightning_feat.joints.data.processes import gather_on_first
 from lightning_feat.joints.data.samplers import processes_share
@@ -17,7 +18,7 @@ from lightning_feat.joints.data.shared_pass import Again
 from lightning_feat.joints.data.trace import without_trace
 from lightning_feat.joints.data.ways import Ways
 from lightning_feat.joints.features.taps import FeatureTap
-from lightning_feat.report.collecting.budget import chosen_samples, lowest_lots
+from lightning_feat.report.collecting.budget import chosen_samples
 from lightning_feat.report.collecting.ears import Ears
 from lightning_feat.report.collecting.samples_of import class_names_of, names_of
 from lightning_feat.report.feature_set import TOKENS, FeatureSet, Head, Pictures

@@ -32,6 +32,8 @@ from lightning_feat.callbacks import (
     SharpnessMonitor,
     SimplexETFHead,
     SimplicityBiasUpsampler,
+    SpectrumMonitor,
+    UniformityRegularizer,
 )
 from lightning_feat.layers import GrassmannLinear, SimplexETF
 from tests.helpers import Plain, loader, trainer
@@ -59,6 +61,7 @@ READERS = [
     lambda: RegressionCollapseMonitor(target_key=lambda batch: torch.stack([batch[1].float()] * 3, 1)),
     lambda: FeatureShiftMonitor(),
     lambda: NeuralCollapseMonitor(mode="exact"),
+    lambda: SpectrumMonitor(data="train"),
     lambda: FewShotMonitor(shots=[1], episodes=2),
     lambda: DistributionalSimplicityMonitor(),
     lambda: FeatureRelianceMonitor(blocks={"first": ":2"}),
@@ -69,6 +72,7 @@ READERS = [
 ACTORS = [
     lambda: NeuralCollapseRegularizer(),
     lambda: FeatureRegularizer(lambda h: h.square().mean(), "small"),
+    lambda: UniformityRegularizer(),
     lambda: FeatureShiftRegularizer(),
     lambda: SimplicityBiasUpsampler(separating_epoch=1),
     lambda: DotRegressionRegularizer(),
