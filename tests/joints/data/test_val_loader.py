@@ -71,6 +71,14 @@ def test_the_data_are_there_before_the_first_validation(tmp_path, name):
         assert set(run.callback_metrics) - set(plain.callback_metrics)
 
 
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_run_without_validation_data_is_refused_in_our_words(tmp_path, name):
+    for options in ({}, {"check_val_every_n_epoch": 3}):
+        run = trainer(tmp_path, callbacks=[MAKERS[name]()], **options)
+        with pytest.raises(ValueError, match="validation data|no val data|'val'"):
+            run.fit(Plain(), loader(32))
+
+
 def test_the_loader_of_the_validation_that_follows_is_the_same(tmp_path):
     plain, expected, once = fit(tmp_path / "plain", [], 4, 2)
     run, found, asked = fit(tmp_path / "ours", [MAKERS["LinearProbe"]()], 4, 2)
