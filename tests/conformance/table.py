@@ -63,6 +63,7 @@ FAMILIES = {
     "simplicity_bias": "Simplicity bias",
     "feature_shift": "Feature shift and prompts",
     "transfer": "Transfer",
+    "spectrum": "Spectrum and uniformity",
 }
 OTHERS = "Of no family"  # plans, reports, any loss on features
 AT_A_GLANCE = {  # what a newcomer asks first, and the conditions that answer

@@ -74,8 +74,8 @@ class LayerSpectrum:
         """Put together what the processes have, on all of them."""
         if trainer.world_size == 1:
             return
-        width = torch.tensor(0 if self.moments is None else len(self.moments.sums), device=device)
-        width = int(trainer.strategy.reduce(width, reduce_op="max"))
+        own = torch.tensor(0 if self.moments is None else len(self.moments.sums), device=device)
+        width = int(trainer.strategy.reduce(own, reduce_op="max"))
         if width and self.moments is None:  # a process without samples
             self.moments = empty_moment_sums(width, device)
             self.directions = empty_moment_sums(width, device) if self._wants_directions else None

@@ -1,5 +1,6 @@
 """How many directions features use, and how evenly: spectra, ranks and uniformity."""
 
+from lightning_feat.functional.common.effective_rank import effective_rank
 from lightning_feat.functional.spectrum.decay import SpectralDecay, spectral_decay
 from lightning_feat.functional.spectrum.moments import (
     MomentSums,
@@ -9,7 +10,7 @@ from lightning_feat.functional.spectrum.moments import (
     empty_moment_sums,
     moment_sums,
 )
-from lightning_feat.functional.spectrum.ranks import effective_rank, lidar, rankme
+from lightning_feat.functional.spectrum.ranks import lidar, rankme
 from lightning_feat.functional.spectrum.uniformity import (
     alignment,
     channel_energy,

@@ -17,7 +17,7 @@ _EPS = torch.finfo(torch.float64).eps
 class MomentSums(NamedTuple):
     """Sums over samples. Those of two disjoint sets of samples add up, entry by entry, to those of their union."""
 
-    count: Tensor  # () samples
+    samples: Tensor  # () how many
     sums: Tensor  # (D,) sum of the features
     products: Tensor  # (D, D) sum of the outer product of each feature with itself
 
@@ -34,7 +34,7 @@ def add_moment_sums_(totals: MomentSums, features: Tensor, weights: Tensor | Non
     check_shapes(features=(features, "ND"), sums=(totals.sums, "D"))
     h_ND = to_float64(features)
     weighted_ND = h_ND if weights is None else h_ND * weights.to(h_ND)[:, None]
-    totals.count.add_(len(h_ND) if weights is None else weights.to(h_ND).sum())
+    totals.samples.add_(len(h_ND) if weights is None else weights.to(h_ND).sum())
     totals.sums.add_(weighted_ND.sum(0))
     totals.products.addmm_(weighted_ND.T, h_ND)
     return totals
@@ -72,9 +72,9 @@ def covariance(totals: MomentSums, centered: bool = True) -> Tensor:
         totals: from :func:`moment_sums`. Without samples all is nan.
         centered: False for the second moment around the origin.
     """
-    mean_DD = totals.products / totals.count
+    mean_DD = totals.products / totals.samples
     if centered:
-        mean_D = totals.sums / totals.count
+        mean_D = totals.sums / totals.samples
         mean_DD = mean_DD - torch.outer(mean_D, mean_D)
     return (mean_DD + mean_DD.T) / 2
 
@@ -98,5 +98,5 @@ def covariance_spectrum(totals: MomentSums, centered: bool = True) -> Tensor:
     if width == 0 or not matrix_DD.isfinite().all():
         return torch.full((width,), torch.nan, dtype=torch.float64, device=matrix_DD.device)
     value_D: Tensor = torch.linalg.eigvalsh(matrix_DD).flip(0)
-    size = (totals.products.diagonal().sum() / totals.count).maximum(value_D[0])  # what the sums were rounded at
+    size = (totals.products.diagonal().sum() / totals.samples).maximum(value_D[0])  # what the sums were rounded at
     return value_D.where(value_D > width * _EPS * size, 0.0)

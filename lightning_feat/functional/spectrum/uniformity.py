@@ -74,14 +74,14 @@ def wasserstein_uniformity_of_sums(totals: MomentSums) -> Tensor:
     """
     spectrum_D = covariance_spectrum(totals)
     if not len(spectrum_D) or spectrum_D.isnan().any():
-        return totals.count * torch.nan
-    square = totals.products.diagonal().sum() / totals.count
+        return totals.samples * torch.nan
+    square = totals.products.diagonal().sum() / totals.samples
     if square > 1 + 1e-6:
         raise ValueError(
             f"wasserstein_uniformity needs the sums of features of length one, and their mean squared length here is "
             f"{float(square):.4g}: divide them by their lengths."
         )
-    return _distance(totals.sums / totals.count, spectrum_D.sqrt(), len(spectrum_D))
+    return _distance(totals.sums / totals.samples, spectrum_D.sqrt(), len(spectrum_D))
 
 
 def _distance(mean_D: Tensor, root_K: Tensor, width: int) -> Tensor:
@@ -275,8 +275,8 @@ def channel_energy(totals: MomentSums) -> Tensor:
     matrix_DD = covariance(totals)
     width = len(matrix_DD)
     if width == 0 or not matrix_DD.isfinite().all():
-        return totals.count * torch.nan
-    size = totals.products.diagonal() / totals.count
+        return totals.samples * torch.nan
+    size = totals.products.diagonal() / totals.samples
     changes = matrix_DD.diagonal() > width * torch.finfo(torch.float64).eps * size
     matrix_DD = matrix_DD[changes][:, changes]
     value_D, vector_DD = torch.linalg.eigh(matrix_DD)
