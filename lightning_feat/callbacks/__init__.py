@@ -29,7 +29,13 @@ from lightning_feat.callbacks.simplicity_bias import (
     SimplicityBiasUpsampler,
 )
 from lightning_feat.callbacks.spectrum import SpectrumMonitor, UniformityRegularizer
-from lightning_feat.callbacks.transfer import FewShotMonitor, LinearProbe
+from lightning_feat.callbacks.transfer import (
+    FewShotMonitor,
+    LinearProbe,
+    LinearSVMProbe,
+    NearestMeanProbe,
+    NeighbourProbe,
+)
 from lightning_feat.joints.loss.regularizer import Regularizer
 from lightning_feat.joints.loss.terms import WeightSchedule
 
@@ -50,8 +56,11 @@ __all__ = [
     "GrassmannHead",
     "GrassmannMonitor",
     "LinearProbe",
+    "LinearSVMProbe",
     "MetricHistory",
     "MixupGeometryMonitor",
+    "NearestMeanProbe",
+    "NeighbourProbe",
     "NeuralCollapseMonitor",
     "NeuralCollapseRegularizer",
     "Panel",

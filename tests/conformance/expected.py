@@ -4,7 +4,9 @@ from typing import Any
 
 import torch
 import torch.distributed
+from sklearn.svm import LinearSVC
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from lightning_feat.functional.common.class_sums import class_sums
 from lightning_feat.functional.neural_collapse import cdnv_matrix, collapse_measures
@@ -130,6 +132,35 @@ def probe(module: Any) -> Values:
     parts = features[~held], targets[~held], features[held], targets[held]
     found = linear_probe(*parts, *test, penalties=(0.01, 0.1))
     return {"linear_probe/accuracy/penultimate": float(found.accuracy)}
+
+
+def neighbours(module: Any) -> Values:
+    """Votes of three neighbours among the training data, by all cosines."""
+    features, targets, _ = measured(module, "train")
+    test, classes, _ = measured(module, "val")
+    cosines = normalize(test.float()) @ normalize(features.float()).T
+    near = cosines.argsort(1, descending=True)[:, :3]
+    votes = torch.zeros(len(test), NUM_CLASSES)
+    votes.scatter_add_(1, targets[near], (cosines.gather(1, near) / 0.07).softmax(1))
+    return {"neighbour_probe/accuracy/penultimate": float((votes.argmax(1) == classes).double().mean())}
+
+
+def nearest_mean(module: Any) -> Values:
+    features, targets, _ = measured(module, "train")
+    test, classes, _ = measured(module, "val")
+    means = torch.stack([features[targets == c].double().mean(0) for c in range(NUM_CLASSES)])
+    nearest = (normalize(test.double()) @ normalize(means).T).argmax(1)
+    return {"nearest_mean_probe/accuracy/penultimate": float((nearest == classes).double().mean())}
+
+
+def support_vectors(module: Any) -> Values:
+    features, targets, _ = measured(module, "train")
+    test, classes, _ = measured(module, "val")
+    kept = ~hold_out(targets)
+    machine = LinearSVC(C=1.0, max_iter=10_000, random_state=0)
+    machine.fit(normalize(features[kept].double()).numpy(), targets[kept].numpy())
+    accuracy = machine.score(normalize(test.double()).numpy(), classes.numpy())
+    return {"linear_svm_probe/accuracy/penultimate": float(accuracy)}
 
 
 def spectrum(module: Any) -> Values:

@@ -243,6 +243,32 @@ CALLBACKS = [
         failure=Failure("lightning_feat.callbacks.transfer.linear_probe.linear_probe", "epoch end", call=1),
     ),
     Entry(
+        "NeighbourProbe",
+        "monitor",
+        {"num_neighbours": 3, "every_n_epochs": 1},
+        values=expected.neighbours,
+        refuses={**EXACT, "soft labels": INTEGERS},
+        failure=Failure("lightning_feat.callbacks.transfer.neighbour_probe.neighbour_votes", "epoch end", call=1),
+    ),
+    Entry(
+        "NearestMeanProbe",
+        "monitor",
+        {"every_n_epochs": 1},
+        values=expected.nearest_mean,
+        refuses={**EXACT, "soft labels": INTEGERS},
+        failure=Failure(
+            "lightning_feat.callbacks.transfer.nearest_mean_probe.nearest_mean_scores", "epoch end", call=1
+        ),
+    ),
+    Entry(
+        "LinearSVMProbe",
+        "monitor",
+        {"penalties": [1.0], "every_n_epochs": 1},
+        values=expected.support_vectors,
+        refuses={**EXACT, "soft labels": INTEGERS},
+        failure=Failure("lightning_feat.callbacks.transfer.svm_probe.normalize", "epoch end", call=1),
+    ),
+    Entry(
         "FewShotMonitor",
         "monitor",
         {"shots": [1], "episodes": 3, "every_n_epochs": 1},

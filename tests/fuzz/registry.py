@@ -542,6 +542,13 @@ CASES: dict[str, Case] = {
     "spectrum.hyperspherical_energy": Case(lambda w: (w.features(),), degree=0, samples="nothing", tolerance=1e-6),
     "spectrum.channel_energy": Case(_moments, degree=0, samples="nothing", tolerance=1e-6),
     "transfer.nearest_neighbours": F32(lambda w: (w.features(), 3), degree=0),
+    "transfer.neighbour_votes": F32(
+        lambda w: (*_features(w)[:2], w.features("queries"), w.num_classes, 3), degree=0, tolerance=1e-6
+    ),
+    "transfer.nearest_mean_scores": F32(lambda w: (w.features(), w.vectors("means")), samples="along", gradient=True),
+    "transfer.calibrated_prototypes": F32(
+        lambda w: (w.vectors("few"), w.vectors("many")), degree=0, gradient=True, tolerance=1e-6
+    ),
     "transfer.neighbour_accuracy": Case(
         lambda w: (torch.arange(w.num_samples)[:, None], w.targets()), samples="nothing"
     ),
@@ -557,6 +564,9 @@ STILL_FIT: dict[str, dict[int, set[str]]] = {
     "common.lots": {0: {"below", "beyond", "short"}},
     "common.lowest_lots": {0: {"below", "beyond", "short"}},
     "spectrum.lidar": {1: {"beyond"}},
+    "transfer.calibrated_prototypes": {0: _ROWS, 1: _ROWS},
+    "transfer.nearest_mean_scores": {0: _ROWS, 1: _ROWS},
+    "transfer.neighbour_votes": {2: _ROWS},
     "transfer.neighbour_accuracy": {1: _CLASSES},
     "transfer.sample_of_each_class": {0: _CLASSES},
     "common.check_target_range": {0: {"deep", "scalar", "broken"}},

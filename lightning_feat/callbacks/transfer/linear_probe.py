@@ -1,36 +1,21 @@
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_feat.functional.transfer.probe import (
-    PENALTIES,
-    LinearProbeResult,
-    Scaling,
-    hold_out,
-    linear_probe,
-)
+from lightning_feat.callbacks.transfer.probe import Part, Probe
+from lightning_feat.functional.transfer.probe import PENALTIES, LinearProbeResult, Scaling, linear_probe
 from lightning_feat.joints.arguments import checked
 from lightning_feat.joints.data.calls import Forward
-from lightning_feat.joints.data.epoch_ends import EpochEnds, MeasuresAtEpochEnds
-from lightning_feat.joints.data.samples import Loaders, Samples, loaders_of, try_parts
-from lightning_feat.joints.data.shared_pass import read_clean
-from lightning_feat.joints.data.val_loader import make_val_loader, val_loaders
-from lightning_feat.joints.data.ways import Ways
 from lightning_feat.joints.features.batches import TargetKey
-from lightning_feat.joints.features.nonfinite import NonfiniteWatch
 from lightning_feat.joints.features.pooling import Pooling
-from lightning_feat.joints.features.taps import FeatureTap, Read
-from lightning_feat.joints.module.head_check import check_found, forget_check
+from lightning_feat.joints.features.taps import Read
 from lightning_feat.joints.run.averaging import WhichWeights
-from lightning_feat.joints.run.twins import refuse_twin
 
 
-class LinearProbe(MeasuresAtEpochEnds):
+class LinearProbe(Probe):
     """Log how well a linear classifier reads classes from the features of a layer, as
     ``linear_probe/accuracy/<layer>``: the network stays as it is, and the classifier is fitted beside it.
 
@@ -73,6 +58,8 @@ class LinearProbe(MeasuresAtEpochEnds):
         result: of the last probe, with the chosen penalty and the validation curve; None before.
     """
 
+    method, title, chooses = "linear_probe", "Linear probe", True
+
     @checked
     def __init__(
         self,
@@ -93,111 +80,19 @@ class LinearProbe(MeasuresAtEpochEnds):
         mask_key: TargetKey = None,
         weights: WhichWeights = "current",
     ) -> None:
-        if every_n_epochs is not None and every_n_epochs < 1:
-            raise ValueError(f"every_n_epochs={every_n_epochs} must be at least 1, or None for the last epoch alone.")
-        given = [part for part in (train, val, test) if part is not None]
-        if given and data is not None:
-            raise ValueError("data and loaders are given: give a datamodule, or train and val or test loaders.")
-        if given and (train is None or len(given) < 2):
-            raise ValueError("a probe with its own loaders needs train, and val or test: give both, or none at all.")
-        self.tap = FeatureTap(layer, read, pooling)
-        self.data, self.name, self.every_n_epochs = data, name, every_n_epochs
-        self.loaders: Loaders = {"train": train, "val": val, "test": test}
+        super().__init__(
+            layer, read, pooling, data, train, val, test, name, every_n_epochs, target_key, ignore_index, forward,
+            mask_key, weights,
+        )  # fmt: skip
         self.scaling: Scaling = scaling
-        self.penalties, self.weights = tuple(penalties), weights
-        self.target_key, self.ignore_index, self.mask_key = target_key, ignore_index, mask_key
-        self.ends, self.ways = EpochEnds(every_n_epochs, first=False), Ways(forward, self.state_key)
+        self.penalties = tuple(penalties)
         self.result: LinearProbeResult | None = None
-        self.nonfinite = NonfiniteWatch(self.state_key, "; the accuracy is nan")
-
-    @property
-    def state_key(self) -> str:
-        return f"LinearProbe[{', '.join(part for part in (self.name, self.tap.label) if part)}]"
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        refuse_twin(trainer, self)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.result = None
-        self.nonfinite.reset()
         super().on_fit_start(trainer, pl_module)
-        self.ways.begin()
-        self.tap.attach(pl_module)
-        check_found(pl_module, self.state_key, [self.tap], only_reads=True)
-        if self.data is not None:
-            self.loaders = loaders_of(trainer, self.data)
-            if self.loaders["train"] is None:
-                raise ValueError(
-                    f"{self.state_key}: the datamodule {type(self.data).__name__} has no training loader to fit the "
-                    "probe on: give it a train_dataloader, or give the loaders themselves (arguments train and test)."
-                )
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # What is wrong with the data is said now, not after the last epoch.
-        foreign = any(loader is not None for loader in self.loaders.values())
-        if not foreign:
-            make_val_loader(trainer)
-        try_parts(trainer, pl_module, self, self._parts(trainer), foreign)
-
-    def wanted(self, trainer: Trainer) -> dict[str, Any]:
-        return self._parts(trainer) if self.ends.is_due(trainer) else {}
-
-    def new_reading(self, trainer: Trainer, module: LightningModule, name: str) -> Samples:
-        return Samples("Linear probe", trainer, module, self)
-
-    def _measure(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        features: dict[str, tuple[Tensor, Tensor]] = {}
-        for name, loader in self._parts(trainer).items():
-            samples: Samples = read_clean(trainer, pl_module, self, name, loader)
-            features[name] = samples.features, samples.targets
-        if "val" not in features:
-            held = hold_out(features["train"][1])
-            (h, t) = features["train"]
-            features.update(train=(h[~held], t[~held]), val=(h[held], t[held]))
-        accuracy = self._probe(trainer, features)
-        method = f"linear_probe_{self.name}" if self.name else "linear_probe"
-        # All processes fitted the same features; sync_dist only spares the reader a warning from Lightning.
-        pl_module.log(f"{method}/accuracy/{self.tap.label}", accuracy.to(pl_module.device).float(), sync_dist=True)
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._let_go(pl_module)
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._let_go(pl_module)  # after an exception Lightning does not call teardown
-
-    def _let_go(self, pl_module: LightningModule) -> None:
-        self.tap.remove()
-        forget_check(pl_module, self.state_key)
-
-    def _probe(self, trainer: Trainer, features: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
-        lost = sum(int((~h.isfinite().all(1)).sum()) for h, _ in features.values())
-        self.nonfinite.check(trainer, self.tap.label, lost, sum(len(h) for h, _ in features.values()))
-        if lost:
-            return torch.tensor(torch.nan)
-        train, val, test = (features[name] for name in ("train", "val", "test"))
-        if len(train[1].unique()) < 2 or not len(val[1]) or not len(test[1]) or not train[0].shape[1]:
-            rank_zero_warn(
-                f"{self.state_key}: {len(train[1].unique())} classes and {train[0].shape[1]} features to fit, "
-                f"{len(val[1])} samples to choose the penalty on, {len(test[1])} to test on: too few; the accuracy is "
-                "nan."
-            )
-            return torch.tensor(torch.nan)
+    def accuracy(self, parts: Mapping[str, Part]) -> Tensor:
+        train, val, test = (parts[name] for name in ("train", "val", "test"))
         self.result = linear_probe(*train, *val, *test, scaling=self.scaling, penalties=self.penalties)
         return self.result.accuracy
-
-    def _parts(self, trainer: Trainer) -> dict[str, Any]:
-        """Loaders by the name of their part: train and test, and val where the penalty has data of its own."""
-        parts = {name: loader for name, loader in self.loaders.items() if loader is not None}
-        if not parts:
-            parts = {"train": trainer.train_dataloader}
-            parts["val"] = val_loaders(
-                trainer, self.state_key, "give the probe loaders of its own (arguments `data`, or `train` and `test`)"
-            )
-        if "test" not in parts and "val" in parts:
-            parts["test"] = parts.pop("val")
-        if "test" not in parts:
-            raise ValueError(
-                f"{self.state_key} has nothing to test on: the datamodule {type(self.data).__name__} has no test or "
-                "validation loader. Give it one, or give the loaders themselves (arguments train and test)."
-            )
-        return {str(name): loader for name, loader in parts.items()}

@@ -19,6 +19,8 @@ from lightning_feat.functional.transfer.probe import (
     hold_out,
     linear_probe,
 )
+from lightning_feat.functional.transfer.prototypes import calibrated_prototypes, nearest_mean_scores
+from lightning_feat.functional.transfer.voting import neighbour_votes
 
 __all__ = [
     "FewShotError",
@@ -27,6 +29,7 @@ __all__ = [
     "PairAngleSums",
     "Scaling",
     "add_direction_sums_",
+    "calibrated_prototypes",
     "class_separation_r2",
     "direction_sums",
     "few_shot_error",
@@ -34,8 +37,10 @@ __all__ = [
     "fit_logistic_regression",
     "hold_out",
     "linear_probe",
+    "nearest_mean_scores",
     "nearest_neighbours",
     "neighbour_accuracy",
+    "neighbour_votes",
     "pair_angle_sums",
     "sample_of_each_class",
     "within_class_variability",

@@ -24,7 +24,8 @@ def nearest_mean_scores(features: Tensor, means: Tensor, nearness: Nearness = "c
 
     Args:
         features: ``(N, D)``.
-        means: ``(C, D)``, e.g. ``functional.common.class_sums.class_means``; a class whose mean is nan is never nearest.
+        means: ``(C, D)``, as ``functional.common.class_sums.class_means`` gives them; a class whose mean is nan is
+            never nearest.
         nearness: the ``"cosine"``, or minus half the squared ``"euclidean"`` distance up to a number for each sample.
 
     Returns:

@@ -22,12 +22,12 @@ def neighbour_votes(
     num_neighbours: int = 20,
     temperature: float = 0.07,
 ) -> Tensor:
-    r"""Votes of the labelled samples of largest cosine: each of its K neighbours adds :math:`\exp(s / \tau)` to its class.
+    r"""Votes of the labelled samples of largest cosine: each of K neighbours adds :math:`\exp(s / \tau)` to its class.
 
     The weighted k-NN classifier of instance discrimination (Wu, Xiong, Yu, Lin, "Unsupervised feature learning via
     non-parametric instance discrimination", CVPR 2018, arXiv 1805.01978, with K = 200; DINO takes 20, both
-    :math:`\tau` = 0.07). Nothing is fitted. In float32 at least and in blocks: ``2 M N D`` operations, and 64 MiB beside
-    the features.
+    :math:`\tau` = 0.07). Nothing is fitted. In float32 at least and in blocks: ``2 M N D`` operations, and 64 MiB
+    beside the features.
 
     Args:
         features: ``(N, D)``; one of length zero has cosine zero with all others.

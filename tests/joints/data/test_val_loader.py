@@ -75,7 +75,7 @@ def test_the_data_are_there_before_the_first_validation(tmp_path, name):
 def test_a_run_without_validation_data_is_refused_in_our_words(tmp_path, name):
     for options in ({}, {"check_val_every_n_epoch": 3}):
         run = trainer(tmp_path, callbacks=[MAKERS[name]()], **options)
-        with pytest.raises(ValueError, match="validation data|no val data|'val'"):
+        with pytest.raises(ValueError, match=r"validation data|no val data|'val'"):
             run.fit(Plain(), loader(32))
 
 

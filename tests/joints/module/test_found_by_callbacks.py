@@ -24,7 +24,10 @@ from lightning_feat.callbacks import (
     GrassmannHead,
     GrassmannMonitor,
     LinearProbe,
+    LinearSVMProbe,
     MixupGeometryMonitor,
+    NearestMeanProbe,
+    NeighbourProbe,
     NeuralCollapseMonitor,
     NeuralCollapseRegularizer,
     PromptLearner,
@@ -56,6 +59,9 @@ def fit(tmp_path, module, *callbacks):
 
 READERS = [
     lambda: LinearProbe(),
+    lambda: LinearSVMProbe(penalties=[1.0]),
+    lambda: NearestMeanProbe(),
+    lambda: NeighbourProbe(),
     lambda: GrassmannMonitor(),
     lambda: MixupGeometryMonitor(data="train"),
     lambda: RegressionCollapseMonitor(target_key=lambda batch: torch.stack([batch[1].float()] * 3, 1)),
