@@ -43,8 +43,8 @@ def test_they_are_scikit_learns_and_share_one_pass(tmp_path):
     best = max(svms, key=lambda svm: svm.score(unit[held], t[held]))
     assert found["linear_svm_probe"] == pytest.approx(best.score(last, u))
     assert probes[1].chosen == best.C
-    # Four first batches to try, of two parts; then one run over 64 and 24 samples for all four, in batches of 8.
-    assert calls.count(False) <= 4 * 2 * 2 + 8 + 3 + 3
+    # The validation; each tries how the first batch of two parts is run; then one run over both for all four.
+    assert calls.count(False) <= 3 + 4 * 2 * 3 + (8 + 3)
 
 
 @pytest.mark.parametrize("cls", EVERY)
