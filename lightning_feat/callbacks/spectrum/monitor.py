@@ -14,7 +14,7 @@ from lightning_feat.joints.arguments import checked
 from lightning_feat.joints.data.calls import Forward
 from lightning_feat.joints.data.epoch_ends import EpochEnds, MeasuresAtEpochEnds
 from lightning_feat.joints.data.shared_pass import read_clean, try_reading
-from lightning_feat.joints.data.val_loader import make_val_loader
+from lightning_feat.joints.data.val_loader import make_val_loader, val_loaders
 from lightning_feat.joints.data.ways import Ways
 from lightning_feat.joints.features.batches import TargetKey
 from lightning_feat.joints.features.nonfinite import NonfiniteWatch
@@ -196,13 +196,9 @@ class SpectrumMonitor(MeasuresAtEpochEnds):
             publish_figure(trainer, figure, self._folder, f"{name}.png", f"{name}/figure")
 
     def _loader(self, trainer: Trainer) -> Any:
-        loader = trainer.val_dataloaders if self.data == "val" else trainer.train_dataloader
-        if not loader:
-            raise ValueError(
-                f"{self.state_key} has nothing to look at: the run has no validation data. Give the Trainer some, or "
-                "take data='train'."
-            )
-        return loader
+        if self.data == "train":
+            return trainer.train_dataloader
+        return val_loaders(trainer, self.state_key, "take data='train'")
 
     def _let_go(self, pl_module: LightningModule) -> None:
         for tap in self.taps:

@@ -75,7 +75,7 @@ def test_what_cannot_be_is_refused_by_all(tmp_path, cls):
         cls(every_n_epochs=0)
     with pytest.raises(ValueError, match="data and loaders"):
         cls(data=Other(), train=DataLoader(other(1)))
-    with pytest.raises(ValueError, match=rf"{cls.__name__}.* has nothing to test on"):
+    with pytest.raises(ValueError, match=rf"{cls.__name__}.* has nothing to look at"):
         fit(tmp_path, seeded(), cls(), val=False)
     assert issubclass(cls, Probe)
 

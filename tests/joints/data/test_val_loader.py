@@ -9,6 +9,8 @@ from tests.helpers import Plain, equal, loader, trainer, weights
 
 MAKERS = {
     "LinearProbe": lambda: ours.LinearProbe("net.body", every_n_epochs=1),
+    "NeighbourProbe": lambda: ours.NeighbourProbe("net.body", every_n_epochs=1),
+    "SpectrumMonitor": lambda: ours.SpectrumMonitor("net.body"),
     "FewShotMonitor": lambda: ours.FewShotMonitor("net.body", episodes=2, every_n_epochs=1),
     "MixupGeometryMonitor": lambda: ours.MixupGeometryMonitor(data="val", num_pairs=8),
     "DistributionalSimplicityMonitor": lambda: ours.DistributionalSimplicityMonitor(data="val", num_examples=24),
