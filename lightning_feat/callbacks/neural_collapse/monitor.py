@@ -24,7 +24,7 @@ from lightning_feat.joints.features.nonfinite import NonfiniteWatch
 from lightning_feat.joints.features.pooling import Pooling
 from lightning_feat.joints.features.silence import SilenceWatch
 from lightning_feat.joints.features.taps import Read
-from lightning_feat.joints.module.head_check import Asks, check_head, forget_check
+from lightning_feat.joints.module.head_check import Asks, check_found, check_head, forget_check
 from lightning_feat.joints.run.averaging import WhichWeights
 from lightning_feat.joints.run.twins import callbacks_of, refuse_twin
 from lightning_feat.metrics.neural_collapse import NeuralCollapse
@@ -193,6 +193,8 @@ class NeuralCollapseMonitor(MeasuresAtEpochEnds):
             named = self.taps.classifier is not None
             asks = Asks(self.state_key, (self.taps.head[0],), "classifier", only_reads=True, named=named)
             check_head(pl_module, asks)
+        if len(self.taps.taps) == 1 and self.taps.taps[0].layer is not None:
+            check_found(pl_module, self.state_key, self.taps.taps, only_reads=True)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.mode == "exact":  # what is wrong with the data, or with how the network is run, is said now

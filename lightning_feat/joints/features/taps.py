@@ -40,6 +40,7 @@ class FeatureTap:
         asks: by which argument of its owner a user names the layer, for an error.
     """
 
+    says_read = False  # else its user may have named the classifier, and want what it gets
     _by_sample = True  # of a head over positions hear maps, whose positions know their sample
 
     @checked
@@ -55,6 +56,8 @@ class FeatureTap:
     ) -> None:
         self.layer = layer
         self.read: Read = read or ("input" if layer is None else "output")
+        if read is not None or layer is None:
+            self.says_read = True
         # Named as `layer` alone it would be its output that is read: the logits.
         self.asks = asks or ("layer" if read is not None else "layer` with `read='input'")
         self._pools = pools

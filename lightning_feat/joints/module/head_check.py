@@ -29,6 +29,7 @@ class Asks(NamedTuple):
     replaces: bool = False  # it has put in a head of classes, one of which is right; else it reads what the head gets
     signed: bool = True  # whether its logits can be negative
     named: bool = False  # whether its user named it, as one head of several, say
+    of_output: bool = False  # it reads what the layer puts out, which its user may have taken for what it gets
 
     @property
     def head(self) -> str:
@@ -59,7 +60,12 @@ def check_head(module: LightningModule, asks: Asks) -> None:
 
 
 def check_found(module: LightningModule, owner: str, taps: Iterable[FeatureTap], only_reads: bool = False) -> None:
-    """``check_head`` of the classifier, if one of ``taps`` reads it as no layer was named."""
+    """``check_head`` of the classifier, if one of ``taps`` reads it as no layer was named; and of a layer that was
+    named alone, without a word of ``read``, whether the output that is read are the logits.
+    """
+    taps = list(taps)
+    if len(taps) == 1 and taps[0].layer is not None and not taps[0].says_read:
+        check_head(module, Asks(owner, (taps[0].layer,), only_reads=True, of_output=True))
     finding = [tap for tap in taps if tap.layer is None and tap.classifier is None]
     if finding:
         check_head(module, Asks(owner, argument=finding[0].asks, only_reads=only_reads))
@@ -89,6 +95,9 @@ class _Check:
         asks = self.asks if self.asks.heads else self.asks._replace(heads=(find_classifier(module)[0],))
         with LastLayers(module, asks.heads).following() as follower, HeadOutputs(module, asks.heads) as outputs:
             out = call(*args, **kwargs)
+        if asks.of_output:
+            _tell_logits(asks, follower.calls)
+            return out
         loss = out.get("loss") if isinstance(out, dict) else out
         seen = _Seen(follower.calls, follower.backwards | follower.of(loss), follower.passed | follower.past_of(loss))
         said = _contradiction(asks, seen, outputs)
@@ -189,6 +198,14 @@ def _not_of_classes(asks: Asks, mine: list[LossCall]) -> str | None:
     if kind is None and call.function.startswith("binary_cross_entropy") and not asks.signed:
         kind = f"the loss is {call.function}, which needs logits below zero to say no, and this head has none"
     return None if kind is None else _NO_CLASSES.format(asks.head, kind, asks.owner)
+
+
+def _tell_logits(asks: Asks, calls: list[LossCall]) -> None:
+    if any(call.function in _OF_CLASSES and asks.mine(call) for call in calls):
+        asks.say(
+            f"the output of {asks.head} is read, as nothing else is said, and these are the logits: set read='input' "
+            "for the features before them, or read='output' if the logits are meant."
+        )
 
 
 def _tell_counts(module: LightningModule, asks: Asks, calls: list[LossCall]) -> None:

@@ -23,7 +23,9 @@ class AskedTap(FeatureTap):
 
 
 class ComparedTap(FeatureTap):
-    """Of a layer that is held beside its reference."""
+    """Of a layer that is held beside its reference, and may be the one that makes the logits: they drift, too."""
+
+    says_read = True
 
     def find(self, module: nn.Module) -> nn.Module:
         return super().find(module) if self.layer is not None else find_compared(module)[1]

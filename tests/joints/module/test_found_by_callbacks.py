@@ -152,3 +152,28 @@ def test_every_callback_that_may_look_for_the_classifier_is_in_these_lists():
         )
     }
     assert asking == here
+
+
+NAMED = [
+    lambda **named: NeuralCollapseMonitor(**named),
+    lambda **named: NeuralCollapseMonitor(mode="exact", **named),
+    lambda **named: LinearProbe(**named),
+    lambda **named: FewShotMonitor(shots=[1], episodes=2, **named),
+    lambda **named: FeatureRegularizer(lambda h: h.square().mean(), "small", **named),
+    lambda **named: NeuralCollapseRegularizer(num_classes=3, num_features=3, **named),
+]
+
+
+@pytest.mark.parametrize("layer", ["net.fc", "net"])
+@pytest.mark.parametrize("make", NAMED)
+def test_a_named_layer_that_makes_the_logits_is_told_where_nothing_is_said_of_read(tmp_path, make, layer):
+    with pytest.warns(UserWarning, match=f"the output of {layer} is read, as nothing else is said"):
+        trainer(tmp_path, callbacks=[make(layer=layer)]).fit(Plain(), loader(), loader())
+
+
+@pytest.mark.parametrize("named", [{"layer": "net.fc", "read": "output"}, {"layer": "net.body"}])
+@pytest.mark.parametrize("make", [NAMED[0], NAMED[2]])
+def test_another_layer_and_logits_that_are_meant_are_not(tmp_path, make, named):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*the logits")
+        trainer(tmp_path, callbacks=[make(**named)]).fit(Plain(), loader(), loader())
