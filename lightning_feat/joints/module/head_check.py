@@ -13,7 +13,7 @@ from lightning_feat.joints.features.last_layers import LastLayers, LossCall
 from lightning_feat.joints.features.taps import FeatureTap, find_layer
 from lightning_feat.joints.module.head_outputs import HeadOutputs
 from lightning_feat.joints.module.head_targets import kind_in_batch, kind_of_targets, lacks_logarithms
-from lightning_feat.joints.module.wraps import add_link, remove_link
+from lightning_feat.joints.module.wraps import add_link, displaced, remove_link
 
 _KEY = "head_check"
 _OF_CLASSES = ("cross_entropy", "nll_loss", "multi_margin_loss")
@@ -120,10 +120,9 @@ class _Seen(NamedTuple):
 
 
 def _has_compiled_code(module: LightningModule) -> bool:
-    return any(
-        is_compiled(part) or any(hasattr(value, "_torchdynamo_orig_callable") for value in vars(part).values())
-        for part in module.modules()
-    )
+    attributes = [value for part in module.modules() for value in vars(part).values()]
+    compiled = any(hasattr(value, "_torchdynamo_orig_callable") for value in [*attributes, *displaced(module)])
+    return compiled or any(is_compiled(part) for part in module.modules())
 
 
 def _is_certain(asks: Asks, seen: _Seen) -> bool:

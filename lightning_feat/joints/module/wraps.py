@@ -70,6 +70,11 @@ def remove_link(module: LightningModule, method: str, key: str) -> None:
             module.__dict__[method] = wrap.displaced
 
 
+def displaced(module: LightningModule) -> list[Any]:
+    """The instance attributes that wraps stand in the place of, such as a compiled step."""
+    return [wrap.displaced for wrap in module.__dict__.get(_KEY, {}).values() if wrap.displaced is not None]
+
+
 def overrides(module: LightningModule, hook: str) -> bool:
     """Whether the class of ``module`` has a ``hook`` of its own; also for modules of ``pytorch_lightning``, whose base
     class is another than that of ``lightning.pytorch``.

@@ -152,3 +152,21 @@ def test_a_copy_that_the_step_makes_has_no_hooks_of_ours(tmp_path):
     fit(tmp_path, Step(step), NeuralCollapseMonitor(classifier="net.fc"), SimplexETFHead(layer="net.fc"))
     hooks = [hook for part in copies[0].modules() for hook in part._forward_hooks.values()]
     assert not any("last_layers" in type(hook).__module__ for hook in hooks)
+
+
+@pytest.mark.parametrize("attribute", ["training_step", "forward"])
+def test_compiled_code_is_not_followed_wherever_it_is_kept(tmp_path, attribute):
+    class Looks(Plain):
+        def validation_step(self, batch, batch_idx):
+            pass
+
+    followed, module = [], Looks()
+
+    def compiled(*args):
+        followed.append(len(torch.overrides._get_current_function_mode_stack()))
+        return getattr(type(module), attribute)(module, *args)
+
+    compiled._torchdynamo_orig_callable = compiled  # as torch.compile marks what it gives
+    setattr(module, attribute, compiled)
+    fit(tmp_path, module, NeuralCollapseMonitor(), SimplexETFHead())
+    assert set(followed) == {0}
