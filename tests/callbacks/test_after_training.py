@@ -27,6 +27,18 @@ def test_a_module_is_loaded_with_its_head(tmp_path, make):
     assert torch.equal(found.eval()(x), module.eval()(x))
 
 
+@pytest.mark.parametrize("make", HEADS[1:3])
+def test_a_run_says_once_how_its_checkpoints_are_loaded(tmp_path, make, caplog):
+    run, module = trainer(tmp_path, callbacks=[make()]), Plain()
+    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
+        run.fit(module, loader())
+        run.save_checkpoint(tmp_path / "a.ckpt")
+        run.save_checkpoint(tmp_path / "b.ckpt")
+    said = [text for text in caplog.messages if "load_with_head(Plain, path)" in text]
+    assert len(said) == 1
+    assert f"a {type(module.net.fc).__name__} at net.fc" in said[0]
+
+
 def test_other_checkpoints_are_refused(tmp_path):
     run = trainer(tmp_path)
     run.fit(Plain(), loader())

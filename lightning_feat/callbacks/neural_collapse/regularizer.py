@@ -14,9 +14,10 @@ from lightning_feat.functional.neural_collapse.losses import (
 )
 from lightning_feat.joints.arguments import checked
 from lightning_feat.joints.features.batches import TargetKey
+from lightning_feat.joints.features.candidates import head_sizes
 from lightning_feat.joints.features.heads import find_classifier
 from lightning_feat.joints.features.pooling import Pooling
-from lightning_feat.joints.features.taps import FeatureTap, Read
+from lightning_feat.joints.features.taps import FeatureTap, Read, find_layer
 from lightning_feat.joints.loss.regularizer import Regularizer
 from lightning_feat.joints.loss.terms import FeatureLossTerm, LossTerm, Weight, WeightSchedule
 from lightning_feat.joints.module.wraps import add_link, overrides, remove_link
@@ -55,7 +56,8 @@ class NeuralCollapseRegularizer(Regularizer):
         variant: of the push, see ``functional.neural_collapse.between_class_push``.
         hold_back: see above.
         num_classes: number of classes; None asks the classifier.
-        num_features: width of the features; None asks the classifier, which can tell only where ``layer`` is None.
+        num_features: width of the features; None asks the classifier, or the layer that is named with
+            ``read="input"``.
         lr_factor: multiplies the gradient of the means: under SGD their learning rate. Adam does not notice.
         seed: draws the means, normally distributed as in the paper, from a generator of its own.
         layer: dotted name of a submodule; None for the input of the classifier.
@@ -96,7 +98,7 @@ class NeuralCollapseRegularizer(Regularizer):
         if lr_factor <= 0:
             raise ValueError(f"lr_factor={lr_factor} must be above zero: the means would stay where they were drawn.")
         between_class_push(torch.eye(2), variant)  # refuses an unknown variant now
-        if layer is not None and num_features is None:
+        if layer is not None and read != "input" and num_features is None:
             raise ValueError(
                 f"layer={layer!r}: how wide its features are is not known before it runs: set num_features."
             )
@@ -136,8 +138,8 @@ class NeuralCollapseRegularizer(Regularizer):
 
     def bring_in(self, pl_module: LightningModule) -> None:
         """Add both terms to the loss of ``pl_module``; its layers must be there. A second time changes nothing."""
-        num_classes = self.num_classes or _asked_of_classifier(pl_module, "out_features", "num_classes")
-        num_features = self.num_features or _asked_of_classifier(pl_module, "in_features", "num_features")
+        num_classes = self.num_classes or self._asked(pl_module, 1, "num_classes")
+        num_features = self.num_features or self._asked(pl_module, 0, "num_features")
         shape = num_classes, num_features
         if self.pull is None or self.pull.means.means.shape != shape:
             means = _ClassMeans(*shape, self.seed)
@@ -146,20 +148,27 @@ class NeuralCollapseRegularizer(Regularizer):
             self.push = _Push(means, self.lr_factor, self.push_weight, self.variant, self.tap, self.backward_index)
         self.add_terms(pl_module)
 
+    def _asked(self, pl_module: LightningModule, which: int, argument: str) -> int:
+        """The width of the features (0) or the number of classes (1), of the classifier or the layer that is named."""
+        named = self.tap.layer if self.tap.read == "input" else None
+        try:
+            if named is not None and which == 0:
+                name, head = named, find_layer(pl_module, named)
+            else:
+                name, head = find_classifier(pl_module, "layer` with `read='input'")
+        except ValueError as error:
+            if named is None:
+                raise ValueError(f"{error}") from None
+            name, head = named, find_layer(pl_module, named)
+        size = head_sizes(head)[which]
+        if size is None:
+            what = ("how wide its features are", "how many classes it has")[which]
+            raise ValueError(f"{name}, a {type(head).__name__}, does not say {what}: set {argument}.")
+        return size
+
     def remove_terms(self, pl_module: LightningModule) -> None:
         super().remove_terms(pl_module)
         remove_link(pl_module, "configure_model", self.state_key)
-
-
-def _asked_of_classifier(pl_module: LightningModule, attribute: str, argument: str) -> int:
-    try:
-        name, classifier = find_classifier(pl_module, "layer` with `read='input'")
-    except ValueError as error:
-        raise ValueError(f"{error} Then set num_classes and num_features, too.") from None
-    size = getattr(classifier, attribute, None)
-    if not isinstance(size, int):
-        raise ValueError(f"the classifier {name}, a {type(classifier).__name__}, has no {attribute}: set {argument}.")
-    return size
 
 
 class _ClassMeans(nn.Module):

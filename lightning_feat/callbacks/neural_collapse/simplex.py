@@ -100,7 +100,7 @@ class SimplexETFHead(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         for label, head in heads_of(pl_module, self.layer):
-            note_head(checkpoint, label, head)
+            note_head(checkpoint, label, head, pl_module)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         names = {name.replace("_orig_mod.", "") for name in checkpoint.get("state_dict", ())}

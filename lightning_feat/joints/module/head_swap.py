@@ -19,6 +19,7 @@ from lightning_feat.joints.module.wraps import overrides
 _REPLACED = "_feat_replaced"  # on a new head, until optimizers are configured: the parameters it stands for
 _OPTIONS = "_feat_options"  # on a new head: what it was built with
 _LOADING = "_feat_loading"  # on a head: what it does when a checkpoint has a linear classifier
+_TOLD = "_feat_told"  # on a new head: whether it was said how to load its checkpoints
 HEADS_KEY = "lightning_feat_heads"  # in a checkpoint: the heads that were put in, by their names
 
 
@@ -90,7 +91,7 @@ class HeadSwap:
         self.layer, self.kind, self.build, self.options, self.owner = layer, kind, build, dict(options), owner.__name__
         defaults = inspect.signature(owner).parameters
         self.stated = {name: value for name, value in options.items() if value != defaults[name].default}
-        self.loading = _LinearCheckpoint(self.owner, fresh)
+        self.loading = _OtherCheckpoint(self.owner, fresh)
 
     def __call__(self, module: LightningModule, call: Callable[..., Any]) -> None:
         call()
@@ -152,7 +153,7 @@ class HeadSwap:
         head.__dict__[_REPLACED] = tuple(p for p in old.parameters() if place.replaces(p))
 
     def _load_by(self, head: nn.Module) -> None:
-        there: _LinearCheckpoint | None = head.__dict__.get(_LOADING)
+        there: _OtherCheckpoint | None = head.__dict__.get(_LOADING)
         if there is None:
             head.__dict__[_LOADING] = self.loading
             head.register_load_state_dict_pre_hook(self.loading)
@@ -183,11 +184,21 @@ def tell_use(exception: BaseException, owner: str, *kinds: type[nn.Module]) -> N
         )
 
 
-def note_head(checkpoint: dict[str, Any], label: str, head: nn.Module) -> None:
-    """Write down, in a checkpoint, which head stands where, so that it can be loaded without the callback."""
+def note_head(checkpoint: dict[str, Any], label: str, head: nn.Module, module: nn.Module) -> None:
+    """Write down, in a checkpoint, which head stands where, so that it can be loaded without the callback; and say how,
+    once, as ``load_from_checkpoint`` of the class of ``module`` cannot.
+    """
     options = head.__dict__.get(_OPTIONS)
-    if options is not None:
-        checkpoint.setdefault(HEADS_KEY, {})[label] = {"kind": type(head).__name__, "options": dict(options)}
+    if options is None:
+        return
+    checkpoint.setdefault(HEADS_KEY, {})[label] = {"kind": type(head).__name__, "options": dict(options)}
+    if not head.__dict__.get(_TOLD):
+        head.__dict__[_TOLD] = True
+        cls = type(module).__name__
+        rank_zero_info(
+            f"The checkpoints of this run hold a {type(head).__name__} at {label}, which {cls}.load_from_checkpoint "
+            f"does not know: lightning_feat.callbacks.load_with_head({cls}, path) loads them."
+        )
 
 
 def refuse_other_options(checkpoint: Mapping[str, Any], label: str, head: nn.Module, owner: str) -> None:
@@ -229,8 +240,10 @@ def begin_head_anew(checkpoint: dict[str, Any], label: str, head: nn.Module) -> 
 
 
 def _renamed(names: list[str], label: str, new: list[str]) -> list[str]:
-    old = [f"{label}.weight", f"{label}.bias"]
-    return [n for name in names for n in (new if name == old[0] else [] if name == old[1] else [name])]
+    """The names in a group of an optimizer, those of the new head in the place of the first of the old."""
+    first = next((name for name in names if name.startswith(f"{label}.")), None)
+    kept = [name for name in names if name == first or not name.startswith(f"{label}.")]
+    return [n for name in kept for n in (new if name == first else [name])]
 
 
 def _agree(there: Any, asked: Any) -> bool:
@@ -259,8 +272,8 @@ def take_places(optimizers: list[Optimizer], head: nn.Module) -> None:
         group["params"] = parameters
 
 
-class _LinearCheckpoint:
-    """What a head that was put in does when a checkpoint has an ``nn.Linear`` in its place; a pre-hook of loading."""
+class _OtherCheckpoint:
+    """What a head that was put in does when a checkpoint has another kind in its place; a pre-hook of loading."""
 
     def __init__(self, owner: str, fresh: bool) -> None:
         self.owner, self.fresh = owner, fresh
@@ -277,13 +290,22 @@ class _LinearCheckpoint:
         errors: list[str],
     ) -> None:
         own = head.state_dict(prefix=prefix)
-        if own.keys() <= state_dict.keys() or f"{prefix}weight" not in state_dict:
+        there = next((name for name in _KINDS if f"{prefix}{name}" in state_dict), None)
+        if own.keys() <= state_dict.keys() or there is None or f"{prefix}{there}" in own:
             return
         if not self.fresh:
+            kind, owner = _KINDS[there]
             errors.append(
-                f"the checkpoint has a linear classifier at {prefix.rstrip('.')}, where this module has a "
-                f"{type(head).__name__}: set {self.owner}(fresh_head=True) to load all but the head, or leave it out."
+                f"the checkpoint has a {kind} at {prefix.rstrip('.')}, where this module has a {type(head).__name__}: "
+                f"set {self.owner}(fresh_head=True) to load all but the head, or {owner}."
             )
-        for name in ("weight", "bias"):
-            state_dict.pop(f"{prefix}{name}", None)
+        for name in [name for name in state_dict if name.startswith(prefix)]:
+            del state_dict[name]
         state_dict.update(own)
+
+
+_KINDS = {  # by a name in the state dict: what it is, and what one would do to have it
+    "weight": ("linear classifier", "leave it out"),
+    "basis": ("GrassmannLinear", "take GrassmannHead in its place"),
+    "prototypes": ("SimplexETF", "take SimplexETFHead in its place"),
+}

@@ -7,6 +7,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.tuner import Tuner
 from torch import nn
 from torch.nn.functional import cross_entropy, one_hot
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_feat.callbacks import NeuralCollapseRegularizer, SimplexETFHead
 from lightning_feat.functional.neural_collapse.losses import between_class_push, scale_gradient, within_class_pull
@@ -363,9 +364,24 @@ def test_a_classifier_that_does_not_tell_its_width_is_asked_about(tmp_path):
             self.net.fc = nn.Bilinear(8, 8, 3)
             self.net.forward = lambda x: self.net.fc(h := self.net.body(x), h)
 
-    with pytest.raises(ValueError, match=r"the classifier net.fc, a Bilinear, has no in_features: set num_features"):
+    with pytest.raises(ValueError, match=r"net.fc, a Bilinear, does not say how wide its features are: set num_f"):
         fit(tmp_path, Odd(), NeuralCollapseRegularizer())
     fit(tmp_path, Odd(), NeuralCollapseRegularizer(num_features=8))
+
+
+@pytest.mark.parametrize("pooled", [True, False])
+def test_a_convolution_that_is_named_tells_its_sizes(tmp_path, pooled):
+    class Maps(Plain):
+        def __init__(self):
+            super().__init__()
+            body = [nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), *([nn.AdaptiveAvgPool2d(1)] if pooled else [])]
+            self.net = nn.Sequential(*body, nn.Conv2d(8, 3, 1), *([nn.Flatten()] if pooled else []))
+
+    x, y = torch.randn(8, 1, 4, 4), torch.randint(3, (8,) if pooled else (8, 4, 4))
+    name, pooling = ("net.3", "flatten") if pooled else ("net.2", "tokens")
+    regularizer = NeuralCollapseRegularizer(layer=name, read="input", pooling=pooling)
+    trainer(tmp_path, callbacks=[regularizer]).fit(seeded(Maps), DataLoader(TensorDataset(x, y), 4))
+    assert regularizer.means.shape == (3, 8)
 
 
 @pytest.mark.parametrize(

@@ -34,3 +34,34 @@ def test_the_same_options_resume(tmp_path, make):
     run = trainer(tmp_path, callbacks=[make()], max_epochs=2)
     run.fit(Plain(), loader(), ckpt_path=saved.best_model_path, weights_only=False)
     assert run.global_step == 8
+
+
+HEADS = {"GrassmannLinear": lambda **kwargs: GrassmannHead(2, **kwargs), "SimplexETF": SimplexETFHead}
+
+
+@pytest.mark.parametrize("first", HEADS)
+@pytest.mark.parametrize("stage", ["fit", "test"])
+def test_a_checkpoint_with_a_head_of_another_kind(tmp_path, first, stage):
+    (then,) = HEADS.keys() - {first}
+    saved = ModelCheckpoint(tmp_path, filename="first")
+    module = Plain()
+    trainer(tmp_path, callbacks=[HEADS[first](), saved], enable_checkpointing=True).fit(module, loader())
+
+    def go_on(**kwargs):
+        run, other = trainer(tmp_path, callbacks=[HEADS[then](**kwargs)], max_epochs=2), Plain()
+        data = {"ckpt_path": saved.best_model_path, "weights_only": False}
+        if stage == "fit":
+            run.fit(other, loader(), **data)
+        else:
+            run.test(other, loader(), verbose=False, **data)
+        return run, other
+
+    kinds = f"the checkpoint has a {first} at net.fc, where this module has a {then}"
+    with pytest.raises(RuntimeError, match=rf"{kinds}: set .*fresh_head=True.* or take {first[:7]}\w* in its place"):
+        go_on()
+    run, other = go_on(fresh_head=True)
+    assert type(other.net.fc).__name__ == then
+    if stage == "test":
+        assert torch.equal(other.net.body[0].weight, module.net.body[0].weight)
+    else:
+        assert run.global_step == 8
