@@ -16,7 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from lightning_feat.joints.features.bare_weights import BareWeights
 
 # What a loss is made of; "of classes" first, for a step that has others beside
-_OF_CLASSES = ("cross_entropy", "nll_loss", "multi_margin_loss")
+OF_CLASSES = ("cross_entropy", "nll_loss", "multi_margin_loss")
 _OF_OTHERS = (
     "binary_cross_entropy",
     "binary_cross_entropy_with_logits",
@@ -36,7 +36,7 @@ _SHAPED = ("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "r
 _OF_ITS_KIND = ("new_zeros", "new_ones", "new_empty", "new_full")
 # What takes the shape or the kind of a tensor, and none of its values
 _MAKE_ANEW = {*(getattr(torch, name) for name in _SHAPED), *(getattr(Tensor, name) for name in _OF_ITS_KIND)}
-_LOSSES = {getattr(functional, name): name for name in (*_OF_CLASSES, *_OF_OTHERS)}
+_LOSSES = {getattr(functional, name): name for name in (*OF_CLASSES, *_OF_OTHERS)}
 
 
 class LossCall(NamedTuple):
@@ -48,6 +48,12 @@ class LossCall(NamedTuple):
     predicted: Any  # what it got, without its graph
     trains: bool  # whether a gradient goes back from it
     past: frozenset[str]  # the heads that its input has passed, last or not
+
+    @property
+    def num_classes(self) -> int | None:
+        """The classes that it tells apart; None of a loss of another kind."""
+        told = self.function in OF_CLASSES and isinstance(self.predicted, Tensor) and self.predicted.ndim > 1
+        return self.predicted.shape[1] if told else None
 
 
 class LastLayers(TorchFunctionMode):

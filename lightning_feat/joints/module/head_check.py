@@ -5,18 +5,16 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from lightning.pytorch import LightningModule
-from torch import Tensor
 
 from lightning_feat.joints.features.candidates import head_sizes, within
 from lightning_feat.joints.features.heads import find_classifier, is_compiled
-from lightning_feat.joints.features.last_layers import LastLayers, LossCall
+from lightning_feat.joints.features.last_layers import OF_CLASSES, LastLayers, LossCall
 from lightning_feat.joints.features.taps import FeatureTap, find_layer
 from lightning_feat.joints.module.head_outputs import HeadOutputs
 from lightning_feat.joints.module.head_targets import kind_in_batch, kind_of_targets, lacks_logarithms
 from lightning_feat.joints.module.wraps import add_link, displaced, remove_link
 
 _KEY = "head_check"
-_OF_CLASSES = ("cross_entropy", "nll_loss", "multi_margin_loss")
 
 
 class Asks(NamedTuple):
@@ -138,7 +136,7 @@ def _contradiction(asks: Asks, showed: _Seen, outputs: HeadOutputs) -> str | Non
     """What the step showed against this head; None where it showed nothing against it."""
     calls, of_loss = showed.calls, showed.of_loss
     seen = [call for call in calls if call.layers]
-    of_classes = [call for call in seen if call.function in _OF_CLASSES]
+    of_classes = [call for call in seen if call.function in OF_CLASSES]
     mine = [call for call in seen if asks.mine(call)]
     if mine:
         if len(asks.heads) > 1 and not outputs.are_averaged_in(mine):
@@ -151,7 +149,7 @@ def _contradiction(asks: Asks, showed: _Seen, outputs: HeadOutputs) -> str | Non
     if shared:
         return _shared(asks, shared[0])
     seen, of_classes = ([call for call in some if call.trains] for some in (seen, of_classes))
-    if any(call.trains and not call.layers and call.function in _OF_CLASSES for call in calls):
+    if any(call.trains and not call.layers and call.function in OF_CLASSES for call in calls):
         return None  # these logits were not followed: a function of one's own, or layers from elsewhere, made them
     last = sorted(frozenset().union(*(call.layers for call in of_classes or seen)))
     if not seen and any(asks.within(name) for name in showed.past):
@@ -184,7 +182,7 @@ _NO_CLASSES = "{} is no head that tells classes apart, one of which is right: {}
 
 
 def _not_of_classes(asks: Asks, mine: list[LossCall]) -> str | None:
-    of_classes = [call for call in mine if call.function in _OF_CLASSES]
+    of_classes = [call for call in mine if call.function in OF_CLASSES]
     if any(lacks_logarithms(call) for call in of_classes):
         return (
             f"nll_loss gets what {asks.head} puts out, which are no logarithms of shares: the layer that {asks.owner} "
@@ -200,7 +198,7 @@ def _not_of_classes(asks: Asks, mine: list[LossCall]) -> str | None:
 
 
 def _tell_logits(asks: Asks, calls: list[LossCall]) -> None:
-    if any(call.function in _OF_CLASSES and asks.mine(call) for call in calls):
+    if any(call.function in OF_CLASSES and asks.mine(call) for call in calls):
         asks.say(
             f"the output of {asks.head} is read, as nothing else is said, and these are the logits: set read='input' "
             "for the features before them, or read='output' if the logits are meant."
@@ -210,9 +208,9 @@ def _tell_logits(asks: Asks, calls: list[LossCall]) -> None:
 def _tell_counts(module: LightningModule, asks: Asks, calls: list[LossCall]) -> None:
     """Warn where a loss of classes tells others apart than the outputs of the head."""
     made = head_sizes(find_layer(module, asks.heads[0]))[1]
-    for call in (call for call in calls if call.function in _OF_CLASSES and asks.mine(call)):
-        classes = call.predicted.shape[1] if isinstance(call.predicted, Tensor) and call.predicted.ndim > 1 else made
-        if made is not None and classes != made:
+    for call in (call for call in calls if asks.mine(call)):
+        classes = call.num_classes
+        if made is not None and classes not in (made, None):
             warnings.warn(
                 f"{asks.owner}: {asks.head} has {made} outputs, and {call.function} gets logits of {classes} classes. "
                 "It takes each output for a class: right where the loss leaves some out, and wrong where it makes "
