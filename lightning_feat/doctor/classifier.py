@@ -38,7 +38,7 @@ class ClassifierEar:
         calls = [call for call in self.follower.calls if call.layers]
         of_head = [] if self.head is None else [self.head[0]]
         of_it = [call for call in calls if any(within(layer, of_head) for layer in call.layers)]
-        loss = (of_it or calls or [None])[0]  # of another loss, which may come first, nothing is asked
+        loss = next(iter(of_it or calls), None)  # of another loss, which may come first, nothing is asked
         last = [] if loss is None else sorted(loss.layers)
         if self.head is None:
             ran = f" The layer that ran last before the loss: {', '.join(last)}." if last else ""

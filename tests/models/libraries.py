@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from tests.models.text_towers import described
+
 NUM_CLASSES = 7
 _TASKS = ("image_classification", "sequence_classification", "audio_classification", "video_classification")
 
@@ -131,14 +133,15 @@ def open_clip_models() -> list[Model]:
     import open_clip
 
     def build(name: str) -> nn.Module:
-        model: nn.Module = open_clip.create_model(name, load_weights=False, device="meta")
+        with described():
+            model: nn.Module = open_clip.create_model(name, load_weights=False, pretrained_hf=False, device="meta")
         return model
 
     found = []
     for name in open_clip.list_models():
-        if "hf_model_name" in open_clip.get_model_config(name)["text_cfg"]:
-            continue  # its text tower is described by a file of the hub
+        tower = open_clip.get_model_config(name)["text_cfg"].get("hf_model_name")
         family = next((word for word in _NOT_SIZES if f"-{word}" in name), re.split(r"[-_]|(?<=RN)|(?<=EVA)", name)[0])
+        family = f"text by {tower.split('/')[-1].split('-')[0]}" if tower else family
         found.append(Model(name, family, functools.partial(build, name), lambda network: None, is_clip=True))
     return found
 
