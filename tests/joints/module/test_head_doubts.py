@@ -170,3 +170,32 @@ def test_compiled_code_is_not_followed_wherever_it_is_kept(tmp_path, attribute):
     setattr(module, attribute, compiled)
     fit(tmp_path, module, NeuralCollapseMonitor(), SimplexETFHead())
     assert set(followed) == {0}
+
+
+def test_the_losses_of_a_gan_beside_it_raise_no_alarm(tmp_path):
+    class Gan(Plain):
+        def __init__(self):
+            super().__init__(manual=True)
+            self.draws = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 4))
+            self.judges = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 1))
+
+        def training_step(self, batch, batch_idx):
+            judged = self.judges(self.draws(torch.randn(len(batch[0]), 5)))
+            losses = [
+                F.binary_cross_entropy_with_logits(judged, torch.ones_like(judged)),
+                F.binary_cross_entropy_with_logits(self.judges(batch[0]), torch.ones_like(judged)),
+                F.cross_entropy(self(batch[0]), batch[1]),
+            ]
+            for optimizer, loss in zip(self.optimizers(), losses, strict=True):
+                optimizer.zero_grad()
+                self.manual_backward(loss)
+                optimizer.step()
+
+        def configure_optimizers(self):
+            return [torch.optim.SGD(part.parameters(), 0.1) for part in (self.draws, self.judges, self.net)]
+
+    module = Gan()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*the logits")
+        fit(tmp_path, module, NeuralCollapseMonitor(), SimplexETFHead())
+    assert type(module.net.fc).__name__ == "SimplexETF"
