@@ -32,7 +32,13 @@ def run_compare(arguments: Sequence[str]) -> int:
             raise ValueError(f"--report takes finished runs: leave out {' '.join(rest) or '--config and --arm'}.")
         if own.report:
             made = report(
-                *own.report, metrics=own.metric, base=own.base, level=own.level, bounds=bounds, out=own.folder
+                *own.report,
+                metrics=own.metric,
+                base=own.base,
+                level=own.level,
+                bounds=bounds,
+                joint=own.joint,
+                out=own.folder,
             )
             print(made)
             print(f"Files: {made.folder}/table.md, cost.md, runs.csv, comparison.png, comparison.pdf")
@@ -52,6 +58,8 @@ def run_compare(arguments: Sequence[str]) -> int:
                 share_order=not own.own_order,
                 test=own.test,
                 bounds=bounds,
+                joint=own.joint is not False,
+                trial=not own.no_trial,
             )
     except (ValueError, ModuleNotFoundError, StudyError, RuntimeError) as error:
         print(f"lightning-feat compare: {error}", file=sys.stderr)
@@ -83,6 +91,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--folder", metavar="FOLDER", help="for runs, table and figure (default comparison)")
     add("--until-told", type=float, metavar="WIDTH", help="stop at an interval narrower than this, or without zero")
     add("--level", type=float, help="at which the intervals of all arms hold together (default 0.95)")
+    add(
+        "--separate",
+        dest="joint",
+        action="store_const",
+        const=False,
+        help="let each interval hold on its own, and not all arms' together",
+    )
     add("--jobs", type=int, metavar="N", help="runs at a time (default: one for each GPU, else cores, at most 8)")
     add("--threads", type=int, metavar="N", help="of each run (default: cores over jobs)")
     add("--executor", choices=EXECUTORS, default="processes", help="who does the runs (default processes)")
@@ -90,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed-option", action="append", default=[], metavar="KEY", help="option that gets the seed, too")
     add("--own-order", action="store_true", help="leave the order of batches to the run, bit for bit as fit does")
     add("--test", action="store_true", help="test after each fit, with the last weights")
+    add("--no-trial", action="store_true", help="do not try one batch of the base first, to hear which metrics it logs")
     add("--bounds", action="append", default=[], metavar="NAME=LOW,HIGH", help="range of a metric; none for without")
     add("--report", nargs="+", metavar="FOLDER", help="table and figure from finished runs; also NAME=FOLDER")
     return parser

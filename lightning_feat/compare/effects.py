@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lightning_feat.compare.records import Record, split_metric
@@ -98,6 +98,7 @@ class Question:
         level: at which the intervals of all arms hold together.
         looking: whether the intervals hold however often somebody looked.
         bounds: of metrics; of the others they are guessed by ``bounds_of``.
+        joint: whether the intervals of all arms hold together, or each on its own.
     """
 
     base: str
@@ -105,6 +106,7 @@ class Question:
     level: float = 0.95
     looking: bool = False
     bounds: Mapping[str, tuple[float, float] | None] = field(default_factory=dict)
+    joint: bool = True
 
 
 def effects_of(records: Sequence[Record], question: Question) -> list[Effect]:
@@ -118,8 +120,9 @@ def effects_of(records: Sequence[Record], question: Question) -> list[Effect]:
     for metric in question.metrics:
         values = [record.value(metric) for runs in by_arm.values() for record in runs]
         bounds = question.bounds.get(metric, bounds_of(metric, values))
+        sharing = len(others) if question.joint else 1
         for arm in others:
-            effects.append(_effect(by_arm[arm], by_arm[question.base], arm, metric, bounds, question, len(others)))
+            effects.append(_effect(by_arm[arm], by_arm[question.base], arm, metric, bounds, question, sharing))
     return effects
 
 
@@ -226,7 +229,7 @@ def enough_seeds(
         seeds: in the order in which they are added.
         width: in the unit in which the metric is shown, points for a share.
     """
-    asked = Question(question.base, question.metrics[:1], question.level, True, question.bounds)
+    asked = replace(question, metrics=question.metrics[:1], looking=True)
     ended: dict[int, set[str]] = {}
     for record in records:
         ended.setdefault(record.seed if record.seed is not None else -1, set()).add(record.arm)

@@ -3,6 +3,8 @@
 FOLDER/study.json                arms, base, metrics, and after how many seeds somebody looked
 FOLDER/runs/ARM/seed_0/          status.json, metrics.csv, config.yaml, log.txt, and what the run's loggers wrote
 FOLDER/runs/ARM/.seed_1-ab12/    a run that goes on, or was killed
+FOLDER/runs/ARM/trial.json       what one batch of the base logged, before the first run
+FOLDER/starts/                   what all arms of a seed began with, where there is such
 """
 
 import contextlib
@@ -65,6 +67,11 @@ def split_metric(metric: str) -> tuple[str, str]:
 def run_path(folder: Path, arm: str, seed: int) -> Path:
     """Where a complete run is."""
     return folder / "runs" / arm / f"seed_{seed}"
+
+
+def trial_path(folder: Path, arm: str) -> Path:
+    """What an arm logs, as far as a trial of one batch tells."""
+    return folder / "runs" / arm / "trial.json"
 
 
 @contextlib.contextmanager

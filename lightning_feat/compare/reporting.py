@@ -54,6 +54,7 @@ def report(
     base: str | None = None,
     level: float | None = None,
     bounds: Mapping[str, tuple[float, float] | None] | None = None,
+    joint: bool | None = None,
     out: str | Path | None = None,
 ) -> Comparison:
     """Make table and figure again from finished runs.
@@ -66,6 +67,7 @@ def report(
         base: name of the arm to compare with: of the study, or the first.
         level: of the intervals; of the study, or 0.95.
         bounds: see ``compare``.
+        joint: whether the intervals of all arms hold together; of the study, or true.
         out: where to write to: the folder of the study if it is one, else ``comparison``.
 
     Raises:
@@ -99,6 +101,7 @@ def report(
         level or first.get("level", 0.95),
         looking=any(_was_looked_at(folder, study) for folder, study in studies),
         bounds={**{key: value and tuple(value) for key, value in first.get("bounds", {}).items()}, **(bounds or {})},
+        joint=first.get("joint", True) if joint is None else joint,
     )
     target = Path(out) if out else _own_folder(studies, folders)
     return make_comparison(records, question, target, first.get("arms", {}))

@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning_feat.compare.records import clear_partial, read_json, write_json
 from lightning_feat.compare.reporting import Comparison, report
-from lightning_feat.compare.running.arms import Arm, as_arms
+from lightning_feat.compare.running.arms import as_arms
 from lightning_feat.compare.running.executors import (
     InThisProcess,
     LocalProcesses,
@@ -16,6 +16,8 @@ from lightning_feat.compare.running.executors import (
     submitit_executor,
     visible_gpus,
 )
+from lightning_feat.compare.running.start import Start
+from lightning_feat.compare.running.task import Arm
 from lightning_feat.compare.running.work import Plan, Work
 
 EXECUTORS = ("processes", "inline", "slurm")
@@ -38,6 +40,9 @@ def compare(
     share_order: bool = True,
     test: bool = False,
     bounds: Mapping[str, tuple[float, float] | None] | None = None,
+    joint: bool = True,
+    start: Callable[[int], Any] | None = None,
+    trial: bool = True,
     quiet: bool = False,
 ) -> Comparison:
     """Train each arm with each seed, and tell by how much they differ from the base.
@@ -65,6 +70,10 @@ def compare(
         test: whether to test after each fit, with the last weights.
         bounds: lowest and highest value of metrics, ``(0, 1)`` for a share, ``None`` for none; shares such as
             accuracies are known by name.
+        joint: whether the intervals of all arms hold together at ``level``, or each on its own.
+        start: a function of the seed that makes what its arms begin with, such as the weights of a pre-training: once
+            for each seed. Functions of arms get it if they name ``start``. Tensors, state dicts and numbers.
+        trial: whether to try one batch of the base first, to hear at once of a metric that is not logged.
         quiet: whether to print nothing.
 
     Raises:
@@ -78,7 +87,7 @@ def compare(
             'put the call of compare under `if __name__ == "__main__":`, as its processes read the file.'
         )
     plan = Plan(
-        as_arms(arms, elsewhere=executor != "inline"),
+        as_arms(arms, executor != "inline", Start(start, str(Path(folder).resolve() / "starts")) if start else None),
         list(range(seeds)) if isinstance(seeds, int) else [int(seed) for seed in seeds],
         [metrics] if isinstance(metrics, str) else list(metrics),
         base if base is not None else next(iter(arms)),
@@ -87,6 +96,8 @@ def compare(
         share_order,
         test,
         dict(bounds or {}),
+        joint,
+        trial,
     )
     root = Path(folder)
     root.mkdir(parents=True, exist_ok=True)
@@ -133,6 +144,7 @@ def _study_of(root: Path, plan: Plan, threads: int) -> dict[str, Any]:
         "metrics": plan.metrics,
         "seeds": plan.seeds,
         "level": plan.level,
+        "joint": plan.joint,
         "until_told": plan.until_told if plan.until_told is not None else old["until_told"],
         "share_order": plan.share_order,
         "test": plan.test,

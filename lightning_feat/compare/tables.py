@@ -54,7 +54,7 @@ def result_table(records: Sequence[Record], effects: Sequence[Effect], question:
         rows = {effect.arm: effect for effect in effects if effect.metric == metric}
         any_effect = next(iter(rows.values()))
         unit = " (%)" if any_effect.is_share else ""
-        interval = f"{100 * question.level:g} % interval" + (", joint" if len(rows) > 1 else "")
+        interval = f"{100 * question.level:g} % interval" + (", joint" if len(rows) > 1 and question.joint else "")
         lines = [
             f"| {metric}{unit} | runs | mean | spread | difference | {interval} | seeds to tell |",
             "|---|---:|---:|---:|---:|---:|---:|",
@@ -103,7 +103,10 @@ def method(effects: Sequence[Effect], question: Question) -> str:
     """How the intervals were made, and on what they rest."""
     arms = len({effect.arm for effect in effects})
     kind = "confidence sequence (Wang and Ramdas, 2023), valid at every look" if question.looking else "Student's t"
-    joint = f"; Bonferroni over {arms} arms, so that all hold together for one metric" if arms > 1 else ""
+    joint = ""
+    if arms > 1:
+        joint = f"; Bonferroni over {arms} arms, so that all hold together for one metric"
+        joint = joint if question.joint else f", each of {arms} on its own: some may fail to hold"
     return (
         f"Differences are arm less {question.base}, paired by seed; intervals by {kind}, at {100 * question.level:g} %"
         f"{joint}. They rest on independent seeds and differences near a normal distribution, and speak of other seeds "

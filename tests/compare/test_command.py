@@ -112,6 +112,10 @@ def test_from_yaml_to_the_answer(files, capsys):
         (["--config", "base.yaml", "--arm", "a=head.yaml", "--bounds", "x=1"], "--bounds 1: give LOW,HIGH"),
         (["--config", "base.yaml", "--arm", "a=wrong.yaml", "--executor", "inline"], "arm 'a' cannot be built: "),
         (["--config", "base.yaml", "--arm", "a=rate.yaml", "--executor", "inline", "--metric", "acc"], "no run logged"),
+        (
+            ["--config", "base.yaml", "--arm", "a=rate.yaml", "--executor", "inline", "--metric", "val/acuracy"],
+            "one batch of training and validation logged no 'val/acuracy'; nearest: val/accuracy",
+        ),
         (["--report", "out", "--metrc", "val/loss"], "--report takes finished runs: leave out --metrc val/loss"),
         (["--report", "nowhere"], "there is no folder nowhere"),
     ],

@@ -84,7 +84,7 @@ def test_each_epoch_has_an_order_of_its_own_and_each_seed(tmp_path, monkeypatch)
         return trainer, module, data
 
     monkeypatch.setattr(Witness, "on_train_batch_start", start)
-    compare({"base": base, "same": base}, 2, "val/loss", folder=tmp_path, executor="inline", quiet=True)
+    compare({"base": base, "same": base}, 2, "val/loss", folder=tmp_path, executor="inline", trial=False, quiet=True)
     assert len(seen) == 4
     orders = [tuple(batches[:6]) for batches in seen.values()]
     assert len(set(orders)) == 4

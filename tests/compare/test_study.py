@@ -1,5 +1,6 @@
 """``compare`` in this process, with networks of a second."""
 
+import functools
 import json
 import os
 
@@ -93,7 +94,7 @@ def test_a_run_of_several_processes_is_refused(options, tmp_path):
 
 def test_a_metric_that_is_not_logged_stops_the_study_after_the_first_run(tmp_path):
     with pytest.raises(StudyError, match="no run logged 'val/acuracy'; nearest: val/accuracy"):
-        inline(tmp_path, BOTH, metrics="val/acuracy")
+        inline(tmp_path, BOTH, metrics="val/acuracy", trial=False)
     assert len(times(tmp_path)) == 1
     inline(tmp_path, BOTH)  # after a correction it goes on
     with pytest.raises(StudyError, match="no run logged"):
@@ -132,6 +133,56 @@ def test_after_the_fit_the_test(tmp_path):
 
     made = inline(tmp_path, {"base": with_test, "other": with_test}, seeds=1, metrics="test/accuracy", test=True)
     assert made.records[0].value("test/accuracy") == made.records[0].value("val/accuracy")
+
+
+def test_what_an_arm_measures_after_the_fit_is_a_metric(tmp_path):
+    def measured():
+        trainer, module, data = cases.base()
+        return (
+            trainer,
+            module,
+            data,
+            lambda: {"norm": float(module.network.weight.norm()), "epochs": trainer.current_epoch},
+        )
+
+    made = inline(tmp_path, {"base": measured, "other": measured}, metrics=["norm", "epochs"])
+    assert [record.value("epochs") for record in made.records] == [2] * 4
+    assert len({record.value("norm") for record in made.records}) == 2  # by seed
+
+    def wrong():
+        return *cases.base(), 3
+
+    with pytest.raises(StudyError, match="the fourth that its function gave is int: give a function"):
+        inline(tmp_path / "wrong", {"base": wrong, "other": wrong})
+
+
+def test_arms_of_a_seed_begin_with_the_same_start(tmp_path):
+    made_for = []
+
+    def pretrained(seed):
+        made_for.append(seed)
+        return {"weight": torch.rand(3, 2), "bias": torch.zeros(3)}
+
+    def arm(start, lr):
+        trainer, module, data = cases.trainer(), cases.Tiny(lr), cases.loaders()
+        module.network.load_state_dict(start)
+        drawn = float(torch.rand(()))
+        return trainer, module, data, lambda: {"start": float(start["weight"].sum()), "drawn": drawn}
+
+    arms = {name: functools.partial(arm, lr=lr) for name, lr in (("base", 0.1), ("faster", 0.5))}
+    made = inline(tmp_path, arms, metrics=["start", "drawn"], start=pretrained)
+    assert made_for == [0, 1]
+    for effect in made.effects:  # also the random numbers after it, be it made or found
+        assert effect.differences == [0, 0]
+        assert len(set(effect.values)) == 2
+    inline(tmp_path, arms, metrics="start", start=pretrained, seeds=3)
+    assert made_for == [0, 1, 2]
+    with pytest.raises(ValueError, match="is another one than that of the runs"):
+        inline(tmp_path, arms, metrics="start", start=lambda seed: {})
+    with pytest.raises(StudyError, match="its function takes a start"):
+        inline(tmp_path / "without", arms)
+    with pytest.raises(StudyError, match="the start gave Linear, which cannot be kept safely"):
+        inline(tmp_path / "module", arms, start=lambda seed: torch.nn.Linear(2, 3))
 
 
 def test_it_stops_once_it_is_told(tmp_path):

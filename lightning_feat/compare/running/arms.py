@@ -2,52 +2,20 @@
 
 import contextlib
 import functools
-import hashlib
 import inspect
 import io
-import json
 import pickle
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
+
+from lightning_feat.compare.running.start import Start, hashed, source_of
+from lightning_feat.compare.running.task import Arm, Built
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
-
-
-@dataclass
-class Built:
-    """What an arm made.
-
-    Attributes:
-        trainer: a ``Trainer``.
-        module: a ``LightningModule``.
-        data: a datamodule, loaders, or ``None`` where the module brings its own.
-        config: all options as YAML for ``fit``, where there are such.
-        options: digest of them without the seed, the same in all runs of an arm.
-        ckpt_path: where to go on from, as ``fit`` takes it.
-    """
-
-    trainer: Any
-    module: Any
-    data: Any = None
-    config: str = ""
-    options: str = ""
-    ckpt_path: str | None = None
-
-
-class Arm(Protocol):
-    """Can be sent to another process."""
-
-    name: str
-
-    def digest(self) -> str:
-        """Changes when the arm does."""
-
-    def build(self, seed: int) -> Built:
-        """Make all anew, after the global seed was set."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +44,7 @@ class YamlArm:
                 content.append(yaml.safe_load(Path(path).read_text()))
             except (OSError, yaml.YAMLError) as error:
                 raise ValueError(f"arm {self.name!r}: {path} cannot be read: {error}") from error
-        return _hashed([content, self.options, self.seed_options])
+        return hashed([content, self.options, self.seed_options])
 
     def build(self, seed: int) -> Built:
         """By LightningCLI.
@@ -96,85 +64,73 @@ class YamlArm:
             *path, last = key.split(".")
             functools.reduce(lambda inner, part: inner[part], path, options).pop(last)
         ckpt_path = cli.config_init["fit"].get("ckpt_path")
-        return Built(cli.trainer, cli.model, cli.datamodule, config, _hashed(options), ckpt_path)
+        return Built(cli.trainer, cli.model, cli.datamodule, config, hashed(options), ckpt_path)
 
 
 @dataclass(frozen=True)
 class FunctionArm:
-    """A function that makes ``(trainer, module, data)``; data may be missing. It gets ``seed`` if it names it.
+    """A function that makes ``(trainer, module, data)``, or ``(trainer, module, data, measure)``; data may be missing.
+
+    It gets ``seed`` if it names it, and ``start``: what the start of the study made for this seed. ``measure`` is a
+    function without arguments that is called after the fit, and after the test, and gives more metrics by name.
 
     Args:
         name: of the arm.
         function: defined at the top of a file, as other processes import it; or ``functools.partial`` of one.
+        start: of the study.
     """
 
     name: str
     function: Callable[..., Any] = field(compare=False)
+    start: Start | None = field(default=None, compare=False)
 
     def digest(self) -> str:
-        """By its source and what is bound to it."""
-        function, bound = self.function, ""
-        while isinstance(function, functools.partial):
-            bound += repr(function.args) + repr(sorted(function.keywords.items()))
-            function = function.func
-        try:
-            source = inspect.getsource(function)
-        except (OSError, TypeError):
-            source = getattr(function, "__qualname__", repr(type(function)))
-        return _hashed(re.sub(r" at 0x[0-9a-f]+", "", bound) + source)
+        """By its source and what is bound to it, and that of the start if it takes it."""
+        source = source_of(self.function)
+        return hashed(source + self.start.digest() if self.start and self._wants("start") else source)
 
     def build(self, seed: int) -> Built:
         """Call it.
 
         Raises:
-            TypeError: if it gives something else.
+            TypeError: if it gives something else, or takes a start and there is none.
         """
-        names = inspect.signature(self.function).parameters
-        made = self.function(**({"seed": seed} if "seed" in names else {}))
-        if not isinstance(made, tuple) or len(made) not in (2, 3):
+        given: dict[str, Any] = {"seed": seed} if self._wants("seed") else {}
+        if self._wants("start"):
+            if self.start is None:
+                raise TypeError(f"arm {self.name!r}: its function takes a start: give compare(..., start=FUNCTION).")
+            given["start"] = self.start.of(seed)
+        made = self.function(**given)
+        if not isinstance(made, tuple) or len(made) not in (2, 3, 4):
             raise TypeError(
                 f"arm {self.name!r}: the function gave {type(made).__name__}: give (trainer, module, data)."
             )
-        trainer, module, data = (*made, None)[:3]
+        trainer, module, data, measure = (*made, None, None)[:4]
         if not hasattr(trainer, "fit") or not hasattr(module, "training_step"):
             kinds = f"({type(trainer).__name__}, {type(module).__name__}, ...)"
             raise TypeError(f"arm {self.name!r}: the function gave {kinds}: give (trainer, module, data).")
-        return Built(trainer, module, data)
+        if measure is not None and not callable(measure):
+            raise TypeError(
+                f"arm {self.name!r}: the fourth that its function gave is {type(measure).__name__}: give a function "
+                "without arguments that is called after the fit and gives metrics by name."
+            )
+        return Built(trainer, module, data, measure=measure)
+
+    def _wants(self, name: str) -> bool:
+        parameters = inspect.signature(self.function).parameters
+        bound = self.function.keywords if isinstance(self.function, functools.partial) else {}
+        return name in parameters and name not in bound
 
 
-@dataclass(frozen=True)
-class Task:
-    """What a process is given.
-
-    Attributes:
-        arm: what to run.
-        seed: of everything.
-        folder: of the study.
-        digest: of the arm when the study began.
-        threads: of this process.
-        share_order: whether the order of the data follows the seed alone, see ``pairing``.
-        test: whether to test the last weights after the fit.
-        only_build: whether to make all and stop before the fit: to hear of a mistake early.
-        alone: whether the process is for this run alone: then what is printed goes into the run's ``log.txt``.
-    """
-
-    arm: Arm
-    seed: int
-    folder: str
-    digest: str
-    threads: int | None
-    share_order: bool
-    test: bool
-    only_build: bool = False
-    alone: bool = True
-
-
-def as_arms(arms: Mapping[str, Callable[..., Any] | Arm] | Sequence[Arm], elsewhere: bool) -> dict[str, Arm]:
+def as_arms(
+    arms: Mapping[str, Callable[..., Any] | Arm] | Sequence[Arm], elsewhere: bool, start: Start | None = None
+) -> dict[str, Arm]:
     """By name, checked.
 
     Args:
         arms: functions or arms.
         elsewhere: whether they are sent to other processes.
+        start: for those that take it.
 
     Raises:
         ValueError: for fewer than two, a name that cannot be a folder's, or a function that cannot be sent.
@@ -193,7 +149,7 @@ def as_arms(arms: Mapping[str, Callable[..., Any] | Arm] | Sequence[Arm], elsewh
                 raise ValueError(
                     f"arm {name!r} is {type(given).__name__}: give a function that makes (trainer, module, data)."
                 )
-            given = FunctionArm(name, given)
+            given = FunctionArm(name, given, start)
         if elsewhere:
             try:
                 pickle.dumps(given)
@@ -204,10 +160,6 @@ def as_arms(arms: Mapping[str, Callable[..., Any] | Arm] | Sequence[Arm], elsewh
                 ) from error
         found[name] = given
     return found
-
-
-def _hashed(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 class _Built(BaseException):

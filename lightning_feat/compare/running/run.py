@@ -20,8 +20,9 @@ from lightning.pytorch.loggers import CSVLogger
 
 from lightning_feat.callbacks.reports.history import MetricHistory
 from lightning_feat.compare.records import complete_or_absent, run_path, write_curves, write_json
-from lightning_feat.compare.running.arms import Built, Task
 from lightning_feat.compare.running.pairing import SharedOrder, Witness
+from lightning_feat.compare.running.task import Built, Task
+from lightning_feat.compare.running.trial import may_log_later, shorten, write_trial
 
 _PACKAGES = ("torch", "lightning", "pytorch_lightning", "torchmetrics", "numpy", "lightning_feat", "timm")
 
@@ -38,23 +39,23 @@ def perform(task: Task) -> str:
     """
     status: dict[str, Any] = {"arm": task.arm.name, "seed": task.seed, "status": "failed", "stage": "build"}
     status |= {"digest": task.digest, "started": time.time(), "host": platform.node(), "process": os.getpid()}
-    with contextlib.suppress(_OnlyBuilt), complete_or_absent(_path(task)) as partial:
+    with contextlib.suppress(_NoRun), complete_or_absent(_path(task)) as partial:
         with _output_in(partial / "log.txt") if task.alone else _as_before():
             try:
                 _train(task, partial, status)
                 status["status"] = "finished"
-                if task.only_build:
-                    shutil.rmtree(partial)
-                    raise _OnlyBuilt
             except Exception as error:  # of the user's run: told in its log and status, and the others go on
                 traceback.print_exc()
                 status["error"] = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        if task.only == "trial" or (task.only == "build" and status["status"] == "finished"):
+            shutil.rmtree(partial)
+            raise _NoRun
         write_json(partial / "status.json", status)
     return str(status["status"])
 
 
-class _OnlyBuilt(BaseException):
-    """The arm could be built, and no more was asked: nothing is left of it."""
+class _NoRun(BaseException):
+    """It was tried and no more was asked: nothing is left of it."""
 
 
 def _path(task: Task) -> Path:
@@ -79,8 +80,10 @@ def _train(task: Task, partial: Path, status: dict[str, Any]) -> None:
     witness, recorder = Witness(), Recorder()
     first = [SharedOrder(task.seed), witness] if task.share_order else [witness]
     built.trainer.callbacks = [*first, *built.trainer.callbacks, recorder]
-    if task.only_build:
+    if task.only == "build":
         return
+    if task.only == "trial":
+        shorten(built.trainer)
     status["stage"] = "fit"
     _fit(built)
     status["fit_s"] = time.perf_counter() - begin - status["built_s"]
@@ -94,6 +97,12 @@ def _train(task: Task, partial: Path, status: dict[str, Any]) -> None:
         for name, value in built.trainer.callback_metrics.items():
             if name not in curves:
                 curves[name] = [(epochs, float(value))]
+    if built.measure is not None:
+        status["stage"] = "measure"
+        curves |= {name: [(epochs, float(value))] for name, value in built.measure().items()}
+    if task.only == "trial":
+        write_trial(Path(task.folder), task, curves, may_log_later(built.trainer, built.module))
+        return
     if not curves:
         raise RuntimeError("the run logged nothing: let its module call self.log in validation_step.")
     write_curves(partial / "metrics.csv", curves)

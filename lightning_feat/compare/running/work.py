@@ -2,16 +2,30 @@
 
 import math
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from lightning_feat.compare.effects import Question, enough_seeds
-from lightning_feat.compare.records import Record, complete_or_absent, read_run, read_runs, run_path, write_json
+from lightning_feat.compare.records import (
+    Record,
+    complete_or_absent,
+    read_json,
+    read_run,
+    read_runs,
+    run_path,
+    split_metric,
+    trial_path,
+    write_json,
+)
 from lightning_feat.compare.reporting import check_metrics
-from lightning_feat.compare.running.arms import Arm, Task
 from lightning_feat.compare.running.executors import wait_for_one
+from lightning_feat.compare.running.task import Arm, Task
+
+Only: TypeAlias = Literal["", "build", "trial"]
 
 
 class StudyError(RuntimeError):
@@ -31,6 +45,8 @@ class Plan:
     share_order: bool
     test: bool
     bounds: dict[str, tuple[float, float] | None]
+    joint: bool = True
+    trial: bool = True
 
     def __post_init__(self) -> None:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
@@ -50,7 +66,9 @@ class Plan:
     @property
     def question(self) -> Question:
         """What is asked of the runs."""
-        return Question(self.base, tuple(self.metrics), self.level, self.until_told is not None, self.bounds)
+        return Question(
+            self.base, tuple(self.metrics), self.level, self.until_told is not None, self.bounds, self.joint
+        )
 
 
 class Work:
@@ -65,7 +83,7 @@ class Work:
         # What failed before is tried again, and until then it did not come to an end.
         self.records = {(record.arm, record.seed): record for record in found if record.finished}
         self.missing = [key for key in self.wanted if key not in self.records]
-        self.pending: dict[Any, tuple[str, int, bool]] = {}
+        self.pending: dict[Any, tuple[str, int, Only]] = {}
         self.together = {"processes": jobs, "inline": 1}.get(own, len(plan.arms) if plan.until_told else 10**9)
         self.begin = time.monotonic()
 
@@ -75,6 +93,7 @@ class Work:
             there = len(self.wanted) - len(self.missing)
             print(f"{len(self.wanted)} runs, {there} of them are there already; folder {self.root}", flush=True)
         try:
+            self._try_one_batch()
             self._build_those_that_wait()
             while (told := self._told()) is None and (self.missing or self.pending):
                 while self.missing and len(self.pending) < self.together:
@@ -86,13 +105,21 @@ class Work:
                 job.cancel()
         return self.plan.seeds if told is None else self.plan.seeds[:told]
 
+    def _try_one_batch(self) -> None:
+        """To hear of a metric that is not logged before the first run is over. Other runs begin meanwhile."""
+        unheard = not any(record.finished for record in self.records.values())
+        if (
+            self.plan.trial and self.missing and unheard and self.own != "slurm"
+        ):  # there it would wait in the queue, too
+            self._submit(self.plan.base, self.plan.seeds[0], "trial")
+
     def _build_those_that_wait(self) -> None:
         """To hear of a mistake in their arms before the first runs are over, which may take hours."""
         if self.own == "processes":
             for name, seed in self.missing[self.together : len(self.plan.arms)]:
-                self._submit(name, seed, only_build=True)
+                self._submit(name, seed, "build")
 
-    def _submit(self, name: str, seed: int, only_build: bool = False) -> None:
+    def _submit(self, name: str, seed: int, only: Only = "") -> None:
         task = Task(
             self.plan.arms[name],
             seed,
@@ -101,15 +128,18 @@ class Work:
             None if self.own == "inline" else self.study["threads"],
             self.plan.share_order,
             self.plan.test,
-            only_build,
+            only,
             alone=self.own != "inline",
         )
-        self.pending[self.executor.submit(_perform, task)] = (name, seed, only_build)
+        self.pending[self.executor.submit(_perform, task)] = (name, seed, only)
 
     def _take(self, job: Any, quiet: bool) -> None:
-        name, seed, only_build = self.pending.pop(job)
+        name, seed, only = self.pending.pop(job)
+        if only == "trial":
+            self._hear(name)
+            return
         record = read_run(run_path(self.root, name, seed))
-        if only_build:
+        if only == "build":
             if record is not None:
                 _stop_for_mistakes(record, self.plan)
             return
@@ -120,6 +150,14 @@ class Work:
             place = f"[{len(self.records)}/{len(self.wanted)}]"
             print(place, _line(record, self.plan, time.monotonic() - self.begin), flush=True)
         _stop_for_mistakes(record, self.plan)
+
+    def _hear(self, name: str) -> None:
+        """Refuse metrics that no run will log. A trial that failed says nothing: the run itself may not, or tells."""
+        path = trial_path(self.root, name)
+        heard = read_json(path) if path.is_file() else {}
+        if heard.get("digest") == self.study["arms"][name]["digest"]:
+            for metric in self.plan.metrics:
+                _judge(split_metric(metric)[0], heard["logged"], heard["may_log_later"], self.plan.test)
 
     def _told(self) -> int | None:
         plan = self.plan
@@ -158,6 +196,24 @@ def _stop_for_mistakes(record: Record, plan: Plan) -> None:
         _check_logged([record], plan.metrics)
     elif record.status["stage"] == "build" and record.seed == plan.seeds[0]:
         raise StudyError(f"arm {record.arm!r} cannot be built: {record.status['error']}")
+
+
+def _judge(metric: str, logged: Sequence[str], may_log_later: bool, test: bool) -> None:
+    """Refuse a metric that one batch of the base did not log, where none can come later or it looks like one of those
+    that came; else warn.
+    """
+    if metric in logged:
+        return
+    space, _, last = metric.rpartition("/")
+    beside = [name.rpartition("/")[2] for name in logged if name.rpartition("/")[0] == space]
+    alike = get_close_matches(metric, logged, cutoff=0.8) or (space and get_close_matches(last, beside, cutoff=0.5))
+    near = ", ".join(get_close_matches(metric, logged, n=3, cutoff=0.4) or logged[:8]) or "nothing was logged"
+    said = f"one batch of training and validation logged no {metric!r}; nearest: {near}."
+    if metric.startswith("test/") and not test:
+        said += " What is logged in a test needs test=True (--test)."
+    if not may_log_later or alike:
+        raise StudyError(f"{said} If it is logged later in a run, give trial=False (--no-trial).")
+    warnings.warn(f"{said} The first run will tell whether it is logged later.", stacklevel=2)
 
 
 def _check_logged(records: list[Record], metrics: Sequence[str]) -> None:
