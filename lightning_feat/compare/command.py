@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_feat.compare.reporting import report
+from lightning_feat.compare.conditions import Conditions, compare_conditions, report_conditions
+from lightning_feat.compare.reporting import Comparison, report
 from lightning_feat.compare.running.arms import YamlArm
 from lightning_feat.compare.running.work import StudyError
 from lightning_feat.compare.study import EXECUTORS, compare
 
 _USAGE = """lightning-feat compare --config FILE --arm NAME=FILE [--arm ...] [--seeds N] [--metric NAME] [options]
+       lightning-feat compare --config FILE --arm NAME=FILE --condition NAME=FILE --condition NAME=FILE [options]
        lightning-feat compare --report FOLDER [FOLDER ...] [--metric NAME ...]"""
 _END = """An arm is the base and one more YAML file: `callbacks+:` in it appends to the list of the base, `callbacks:`
 replaces it. Options of `lightning-feat fit`, such as --trainer.max_epochs 3, go to all arms. The same command again
@@ -28,46 +30,55 @@ def run_compare(arguments: Sequence[str]) -> int:
     own, rest = parser.parse_known_args(list(arguments))
     try:
         bounds = {name: _bounds(value) for name, value in map(_named, own.bounds)}
-        if own.report and (rest or own.config or own.arm):
-            raise ValueError(f"--report takes finished runs: leave out {' '.join(rest) or '--config and --arm'}.")
-        if own.report:
-            made = report(
-                *own.report,
-                metrics=own.metric,
-                base=own.base,
-                level=own.level,
-                bounds=bounds,
-                joint=own.joint,
-                out=own.folder,
-            )
-            print(made)
-            print(f"Files: {made.folder}/table.md, cost.md, runs.csv, comparison.png, comparison.pdf")
-        else:
-            made = compare(
-                _arms(own, rest),
-                _seeds(own.seeds),
-                own.metric or "val/accuracy",
-                base=own.base,
-                folder=own.folder or "comparison",
-                level=own.level or 0.95,
-                until_told=own.until_told,
-                jobs=own.jobs,
-                threads=own.threads,
-                executor=own.executor,
-                slurm={name: _plain(value) for name, value in map(_named, own.slurm)},
-                share_order=not own.own_order,
-                test=own.test,
-                bounds=bounds,
-                joint=own.joint is not False,
-                trial=not own.no_trial,
-            )
+        made = _again(own, rest, bounds) if own.report else _new(own, rest, bounds)
     except (ValueError, ModuleNotFoundError, StudyError, RuntimeError) as error:
         print(f"lightning-feat compare: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on with the runs that are missing.", file=sys.stderr)
         return 130
-    return int(not all(record.finished for record in made.records))
+    found = made.comparisons.values() if isinstance(made, Conditions) else [made]
+    return int(not all(record.finished for each in found for record in each.records))
+
+
+def _again(own: argparse.Namespace, rest: Sequence[str], bounds: dict[str, Any]) -> Comparison | Conditions:
+    if rest or own.config or own.arm or own.condition:
+        raise ValueError(f"--report takes finished runs: leave out {' '.join(rest) or '--config and --arm'}.")
+    asked = {"metrics": own.metric, "base": own.base, "level": own.level, "bounds": bounds, "joint": own.joint}
+    if len(own.report) == 1 and (Path(own.report[0]) / "conditions.json").is_file():
+        return report_conditions(own.report[0], **asked)
+    made = report(*own.report, out=own.folder, **asked)
+    print(made)
+    print(f"Files: {made.folder}/table.md, cost.md, runs.csv, comparison.png, comparison.pdf")
+    return made
+
+
+def _new(own: argparse.Namespace, rest: Sequence[str], bounds: dict[str, Any]) -> Comparison | Conditions:
+    options = {
+        "base": own.base,
+        "folder": own.folder or "comparison",
+        "level": own.level or 0.95,
+        "until_told": own.until_told,
+        "jobs": own.jobs,
+        "threads": own.threads,
+        "executor": own.executor,
+        "slurm": {name: _plain(value) for name, value in map(_named, own.slurm)},
+        "share_order": not own.own_order,
+        "test": own.test,
+        "bounds": bounds,
+        "joint": own.joint is not False,
+        "trial": not own.no_trial,
+    }
+    asked: tuple[Any, ...] = (_seeds(own.seeds), own.metric or "val/accuracy")
+    if not own.condition:
+        return compare(_arms(own, rest), *asked, **options)
+    conditions = {}
+    for given in own.condition:
+        name, value = _named(given)
+        if name in conditions:
+            raise ValueError(f"--condition {given}: there are two of the name {name!r}.")
+        conditions[name] = _arms(own, rest, tuple(value.split(",")))
+    return compare_conditions(conditions, *asked, **options)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -77,6 +88,13 @@ def _parser() -> argparse.ArgumentParser:
     add: Any = parser.add_argument
     add("-c", "--config", action="append", default=[], metavar="FILE", help="the base; several, one over the other")
     add("--arm", action="append", default=[], metavar="NAME=FILE", help="what an arm changes; FILE,FILE for several")
+    add(
+        "--condition",
+        action="append",
+        default=[],
+        metavar="NAME=FILE",
+        help="ask the same of the base with this over it; several, each with a base and a table of its own",
+    )
     add("--seeds", default="5", metavar="N", help="how many (0, 1, ...), or which: 3,5,8 (default 5)")
     add(
         "--metric",
@@ -111,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _arms(own: argparse.Namespace, rest: Sequence[str]) -> dict[str, Any]:
+def _arms(own: argparse.Namespace, rest: Sequence[str], condition: tuple[str, ...] = ()) -> dict[str, Any]:
     if not own.config:
         raise ValueError("give the base by --config FILE, or finished runs by --report FOLDER.")
     layers: dict[str, tuple[str, ...]] = {} if own.no_base else {"base": ()}
@@ -120,13 +138,13 @@ def _arms(own: argparse.Namespace, rest: Sequence[str]) -> dict[str, Any]:
         if name in layers:
             raise ValueError(f"--arm {given}: there are two arms of the name {name!r}.")
         layers[name] = tuple(value.split(","))
-    for path in (*own.config, *(path for paths in layers.values() for path in paths)):
+    for path in (*own.config, *condition, *(path for paths in layers.values() for path in paths)):
         if not Path(path).is_file():
             raise ValueError(f"there is no file {path!r}.")
     if len(layers) < 2:
         raise ValueError("give an arm to compare with the base: --arm NAME=FILE.")
     make = {"options": tuple(rest), "seed_options": tuple(own.seed_option)}
-    return {name: YamlArm(name, (*own.config, *paths), **make) for name, paths in layers.items()}
+    return {name: YamlArm(name, (*own.config, *condition, *paths), **make) for name, paths in layers.items()}
 
 
 def _named(given: str) -> tuple[str, str]:

@@ -1,7 +1,7 @@
-"""One figure: paired differences as points with their intervals, and the curves with bands."""
+"""One figure: paired differences as points with their intervals, and the curves with bands where there are curves."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,17 +20,76 @@ WIDTH_INCHES = 6.5  # as wide as the text of a letter-sized page with one-inch m
 DOTS_PER_INCH = 200
 
 
-def save_figure(records: Sequence[Record], effects: Sequence[Effect], question: Question, stem: Path) -> list[Path]:
+def save_figure(
+    records: Sequence[Record], effects: Sequence[Effect], question: Question, titles: Mapping[str, str], stem: Path
+) -> list[Path]:
     """As ``stem.png`` and ``stem.pdf``.
 
     Raises:
         ModuleNotFoundError: without matplotlib.
     """
-    figure = draw(records, effects, question)
+    names = {split_metric(metric)[0] for metric in question.metrics}
+    if any(len(record.curves.get(name, ())) > 1 for record in records for name in names):
+        return _saved(draw(records, effects, question), stem)
+    return _saved(draw_forest({"": effects}, titles), stem)
+
+
+def save_forest(
+    effects: Mapping[str, Sequence[Effect]], titles: Mapping[str, str], heading: str, stem: Path
+) -> list[Path]:
+    """The differences under each condition, as ``stem.png`` and ``stem.pdf``.
+
+    Raises:
+        ModuleNotFoundError: without matplotlib.
+    """
+    return _saved(draw_forest(effects, titles, heading), stem)
+
+
+def _saved(figure: "Figure", stem: Path) -> list[Path]:
     paths = [stem.with_suffix(ending) for ending in (".png", ".pdf")]
     for path in paths:
         figure.savefig(path, dpi=DOTS_PER_INCH)
     return paths
+
+
+def draw_forest(
+    effects: Mapping[str, Sequence[Effect]], titles: Mapping[str, str], heading: str = "condition"
+) -> "Figure":
+    """A row for each condition, a column for each metric, in them a line for each arm: for what has no curves.
+
+    Args:
+        effects: of each condition, by its name; under ``""`` where there is one alone.
+        titles: of conditions, metrics and arms, by their names.
+        heading: what the conditions are, for those without a title.
+    """
+    from matplotlib.figure import Figure
+
+    every = [effect for found in effects.values() for effect in found]
+    arms, metrics = (list(dict.fromkeys(getattr(e, what) for e in every)) for what in ("arm", "metric"))
+    colours = {arm: COLOURS[number % len(COLOURS)] for number, arm in enumerate(arms)}
+    heights = [1.2 + len({effect.arm for effect in found}) for found in effects.values()]
+    names = max(len(titles.get(arm, arm)) for arm in arms)
+    width = min(14.0, max(WIDTH_INCHES, 0.075 * names + 1.75 * len(metrics)))
+    figure = Figure(figsize=(width, 0.6 + 0.27 * sum(heights)), layout="constrained")
+    grid = figure.subplots(len(effects), len(metrics), squeeze=False, sharex="col", height_ratios=heights)
+    for (condition, found), row in zip(effects.items(), grid, strict=True):
+        for metric, axes in zip(metrics, row, strict=True):
+            shown = [effect for effect in found if effect.metric == metric]
+            _draw_lines(axes, shown, colours)
+            labels = [titles.get(effect.arm, effect.arm) for effect in shown]
+            axes.set_yticks(range(len(shown)), labels if axes is row[0] else [])
+            axes.set_xlabel("")
+            _plain(axes)
+        if condition:
+            name = titles.get(condition, f"{heading} {condition}")
+            row[0].set_title(name, fontsize=8.5, loc="left", fontweight="bold")
+    for metric, axes in zip(metrics, grid[-1], strict=True):
+        shares = [effect.is_share for effect in every if effect.metric == metric]
+        unit = " (points)" if all(shares) else ""
+        bases = {titles.get(effect.base, effect.base) for effect in every}
+        minus = f"minus {bases.pop()}" if len(bases) == 1 else "minus its base"
+        axes.set_xlabel(f"{titles.get(metric, metric)}{unit},\n{minus}", fontsize=8)
+    return figure
 
 
 def draw(records: Sequence[Record], effects: Sequence[Effect], question: Question) -> "Figure":
@@ -52,6 +111,15 @@ def draw(records: Sequence[Record], effects: Sequence[Effect], question: Questio
 
 def draw_differences(axes: "Axes", effects: Sequence[Effect], colours: dict[str, str], question: Question) -> None:
     """A line for each arm: small points are seeds, the large one is their mean, the bar its interval."""
+    _draw_lines(axes, effects, colours)
+    axes.set_yticks(range(len(effects)), [effect.arm for effect in effects])
+    unit = " (points)" if effects[0].is_share else ""
+    name = effects[0].metric
+    axes.set_xlabel(f"{name}, difference to {question.base}{unit}", fontsize=8)
+    _plain(axes)
+
+
+def _draw_lines(axes: "Axes", effects: Sequence[Effect], colours: dict[str, str]) -> None:
     axes.axvline(0, color="#999999", linewidth=0.8, zorder=0)
     for place, effect in enumerate(effects):
         colour, factor = colours[effect.arm], effect.factor
@@ -62,12 +130,7 @@ def draw_differences(axes: "Axes", effects: Sequence[Effect], colours: dict[str,
         if effect.interval:
             axes.plot([end * factor for end in effect.interval], [place, place], color=colour, linewidth=1.8)
         axes.plot(effect.difference * factor, place, "o", color=colour, markersize=6)
-    axes.set_yticks(range(len(effects)), [effect.arm for effect in effects])
     axes.set_ylim(len(effects) - 0.45, -0.6)
-    unit = " (points)" if effects[0].is_share else ""
-    name = effects[0].metric
-    axes.set_xlabel(f"{name}, difference to {question.base}{unit}", fontsize=8)
-    _plain(axes)
 
 
 def draw_curves(axes: "Axes", records: Sequence[Record], metric: str, colours: dict[str, str], effect: Effect) -> None:

@@ -9,9 +9,10 @@ from typing import Any
 
 from lightning_feat.compare.effects import Effect, Question, effects_of
 from lightning_feat.compare.foreign import read_csv_runs
+from lightning_feat.compare.overview import overview
 from lightning_feat.compare.records import Record, read_json, read_runs, split_metric, write_json, write_text
 from lightning_feat.compare.shared import pairing_report
-from lightning_feat.compare.tables import answer, cost_table, result_table, runs_csv
+from lightning_feat.compare.tables import answer, cost_table, method, result_table, runs_csv
 
 
 @dataclass
@@ -27,6 +28,7 @@ class Comparison:
         pairing: what the arms shared in the runs of one seed, a sentence for each arm.
         problems: failed runs, and runs that were not made alike, a sentence for each.
         folder: where the files are.
+        titles: of arms and metrics, by their names.
     """
 
     effects: list[Effect]
@@ -37,11 +39,17 @@ class Comparison:
     pairing: list[str]
     problems: list[str] = field(default_factory=list)
     folder: Path = field(default_factory=Path)
+    titles: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def answers(self) -> list[str]:
         """One sentence for each effect."""
         return [answer(effect) for effect in self.effects]
+
+    @property
+    def overview(self) -> str:
+        """Two Markdown tables with all metrics side by side: means and spreads, differences and intervals."""
+        return overview({"": (self.records, self.effects, self.question)}, self.titles)
 
     def __str__(self) -> str:
         parts = [self.table, self.cost, "\n".join(self.pairing), "\n".join(self.problems)]
@@ -104,7 +112,7 @@ def report(
         joint=first.get("joint", True) if joint is None else joint,
     )
     target = Path(out) if out else _own_folder(studies, folders)
-    return make_comparison(records, question, target, first.get("arms", {}))
+    return make_comparison(records, question, target, first.get("arms", {}), first.get("titles", {}))
 
 
 def _own_folder(studies: Sequence[tuple[Path, Any]], folders: Sequence[Any]) -> Path:
@@ -112,7 +120,9 @@ def _own_folder(studies: Sequence[tuple[Path, Any]], folders: Sequence[Any]) -> 
     return studies[0][0] if len(studies) == len(folders) == 1 else Path("comparison")
 
 
-def make_comparison(records: list[Record], question: Question, folder: Path, order: Mapping[str, Any]) -> Comparison:
+def make_comparison(
+    records: list[Record], question: Question, folder: Path, order: Mapping[str, Any], titles: Mapping[str, str]
+) -> Comparison:
     """Ask ``question``, and write ``table.md``, ``cost.md``, ``runs.csv`` and the figure into ``folder``."""
     places = {name: place for place, name in enumerate(order)}
     records = sorted(records, key=lambda r: (r.arm != question.base, places.get(r.arm, len(places)), _seed(r)))
@@ -129,18 +139,26 @@ def make_comparison(records: list[Record], question: Question, folder: Path, ord
         pairing_report(records, question.base),
         problems_of(records),
         folder,
+        titles,
     )
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "table.md", made.table)
     write_text(folder / "cost.md", "\n".join([made.cost, *made.pairing, *made.problems]) + "\n")
     write_text(folder / "runs.csv", runs_csv(records, question.metrics))
-    try:
-        from lightning_feat.compare.figure import save_figure
+    if len(question.metrics) > 1:
+        write_text(folder / "overview.md", made.overview + "\n" + method(effects, question) + "\n")
+    drawn_if_possible("save_figure", records, effects, question, titles, folder / "comparison")
+    return made
 
-        save_figure(records, effects, question, folder / "comparison")
+
+def drawn_if_possible(how: str, *what: Any) -> None:
+    """By the function of this name in ``figure``; a warning where matplotlib is not installed."""
+    try:
+        from lightning_feat.compare import figure
+
+        getattr(figure, how)(*what)
     except ModuleNotFoundError:
         warnings.warn('the figure needs matplotlib: pip install "lightning-feat[recipes]"', stacklevel=2)
-    return made
 
 
 def chosen(records: Sequence[Record], study: Mapping[str, Any]) -> list[Record]:

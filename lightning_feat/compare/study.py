@@ -43,7 +43,9 @@ def compare(
     joint: bool = True,
     start: Callable[[int], Any] | None = None,
     trial: bool = True,
+    titles: Mapping[str, str] | None = None,
     quiet: bool = False,
+    answer: bool = True,
 ) -> Comparison:
     """Train each arm with each seed, and tell by how much they differ from the base.
 
@@ -56,7 +58,8 @@ def compare(
         seeds: how many (0, 1, ...), or which ones. With ``until_told`` the most there will be.
         metrics: names of logged metrics. The last value of a run counts; ``val/loss:min`` or ``:max`` say otherwise.
         base: which arm the others are compared with; the first by default.
-        folder: for all runs, ``table.md``, ``cost.md``, ``runs.csv`` and ``comparison.png``.
+        folder: for all runs, ``table.md``, ``cost.md``, ``runs.csv`` and ``comparison.png``; with several metrics
+            ``overview.md``, too.
         level: at which the intervals of all arms hold together.
         until_told: add no more seeds once the interval of each arm in the first metric excludes zero or is narrower
             than this, in points for a share. The intervals are then those of ``statistics.sequence_interval``.
@@ -74,7 +77,9 @@ def compare(
         start: a function of the seed that makes what its arms begin with, such as the weights of a pre-training: once
             for each seed. Functions of arms get it if they name ``start``. Tensors, state dicts and numbers.
         trial: whether to try one batch of the base first, to hear at once of a metric that is not logged.
+        titles: of arms and metrics, by their names, for ``overview.md`` and its figure.
         quiet: whether to print nothing.
+        answer: whether to print what comes out, and not only which run is done.
 
     Raises:
         ValueError: for an argument that cannot be.
@@ -115,9 +120,9 @@ def compare(
             if own in ("processes", "inline"):
                 made.shutdown(True, cancel_futures=True)
                 clear_partial(root)
-        write_json(root / "study.json", study)
+        write_json(root / "study.json", study | {"titles": dict(titles or {})})
         comparison = report(root)
-    if not quiet:
+    if answer and not quiet:
         print(comparison)
         print(f"Files: {root}/table.md, cost.md, runs.csv, comparison.png, comparison.pdf")
     return comparison

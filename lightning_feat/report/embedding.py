@@ -1,7 +1,7 @@
 """Places of samples in a plane: PCA by our own function, t-SNE and UMAP by the packages that are there."""
 
 from importlib.util import find_spec
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ def check_map(name: str) -> None:
 
 
 def embeddings(features: Tensor, principal: PrincipalCoordinates, name: Map, seed: int) -> list[Embedding]:
-    """PCA, and before it the map that is asked for.
+    """PCA, and before it the map that is asked for; PCA alone for ten samples or fewer, or where all are the same.
 
     Args:
         features: ``(N, D)``, finite.
@@ -46,25 +46,29 @@ def embeddings(features: Tensor, principal: PrincipalCoordinates, name: Map, see
     found = [Embedding("PCA", principal.coordinates, axes)]
     if name != "pca" and len(features) > 10:
         places = principal_coordinates(features, min(_DIRECTIONS, *features.shape)).coordinates.float().numpy()
+        if not bool((places != places[0]).any()):
+            return found
         title = {"tsne": "t-SNE", "umap": "UMAP"}[name]
         made = torch.as_tensor(_tsne(places, seed) if name == "tsne" else _umap(places, seed))
         found.insert(0, Embedding(title, made.double(), (f"{title} 1 (no unit)", f"{title} 2 (no unit)")))
     return found
 
 
-def _tsne(places: "object", seed: int) -> "object":
-    size = len(places)  # type: ignore[arg-type]
+def _tsne(places: Any, seed: int) -> Any:
+    size, width = places.shape
     perplexity = min(30.0, (size - 1) / 4)
+    begin = "pca" if width > 1 else "random"  # of a single direction there is no second component
     if find_spec("openTSNE"):
         from openTSNE import TSNE as Open
 
-        return Open(perplexity=perplexity, random_state=seed, initialization="pca").fit(places)
+        return Open(perplexity=perplexity, random_state=seed, initialization=begin).fit(places)
     from sklearn.manifold import TSNE
 
-    return TSNE(perplexity=perplexity, random_state=seed, init="pca").fit_transform(places)
+    return TSNE(perplexity=perplexity, random_state=seed, init=begin).fit_transform(places)
 
 
-def _umap(places: "object", seed: int) -> "object":
+def _umap(places: Any, seed: int) -> Any:
     from umap import UMAP
 
-    return UMAP(random_state=seed).fit_transform(places)
+    # Its own defaults, said beforehand: it warns of each number that it changes itself.
+    return UMAP(n_neighbors=min(15, len(places) - 1), n_jobs=1, random_state=seed).fit_transform(places)

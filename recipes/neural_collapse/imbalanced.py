@@ -8,23 +8,21 @@ Each run trains the same small perceptron on handwritten digits whose class size
 of their images are kept, is drawn by the seed; the split into training, validation and test images never changes.
 Methods of one seed share all that, the order of the batches and the first weights, so that differences are paired.
 
-Prints the tables of README.md; writes runs.csv, table.md and imbalanced.png to --out.
+Prints the tables of README.md; writes overview.md, comparison.png and the runs of each factor to --out. The same
+command again goes on with what is missing.
 
 Shapes: N images, D features, C classes.
 """
 
 import argparse
-import csv
-import logging
+import functools
 import math
-import time
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from lightning import Callback, Trainer, seed_everything
+from lightning import Callback, Trainer
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.utils.data import DataLoader
@@ -36,20 +34,19 @@ from lightning_feat.callbacks import (
     SimplexETFHead,
     realign_classifier,
 )
+from lightning_feat.compare import compare_conditions
 from lightning_feat.data.digits import DigitsDataModule, DigitsPart
 from lightning_feat.functional.common.class_sums import class_means, class_sums
 
 NUM_CLASSES, HIDDEN, SMALL = 10, (256, 128), 5  # the small classes are the last five
-# Distinct for all kinds of colour vision; Okabe and Ito, "Color Universal Design", 2008.
-COLOURS = ("#000000", "#0072B2", "#CC79A7", "#7F7F7F", "#56B4E9", "#009E73", "#D55E00", "#E69F00")
-MARKS = "os^vDPX*"  # with the colours, so that a copy in grey can be read
-MEASURES = {  # name, and the factor it is printed with
-    "balanced": ("all (%)", 100.0),
-    "large": ("large classes (%)", 100.0),
-    "small": ("small classes (%)", 100.0),
-    "nearest": ("by nearest mean (%)", 100.0),
-    "rows": ("rows: cosine", 1.0),
-    "means": ("means: cosine", 1.0),
+MEASURES = {
+    "all_accuracy": "all",
+    "large_accuracy": "large classes",
+    "small_accuracy": "small classes",
+    "nearest_accuracy": "by nearest mean",
+    "rows_cosine": "rows: cosine",
+    "means_cosine": "means: cosine",
+    "fitted_accuracy": "fitted",
 }
 
 
@@ -93,19 +90,27 @@ class Task(NamedTuple):
     eval_targets: Tensor
 
 
-def draw_task(data: DigitsDataModule, seed: int, factor: float, split: str) -> Task:
+@functools.cache
+def digits() -> DigitsDataModule:
+    """Their split, the same for all."""
+    data = DigitsDataModule(val_fraction=0.15, test_fraction=0.3)
+    data.setup()
+    return data
+
+
+def draw_task(seed: int, factor: float, split: str) -> Task:
     """Which digit becomes which class, and which of its training images are kept.
 
     Not ``DigitsDataModule(imbalance_factor=...)``: there the small classes are always the same digits, and hard ones.
     """
-    generator = torch.Generator().manual_seed(seed)
-    digits = torch.randperm(NUM_CLASSES, generator=generator).tolist()
-    members = [(data.train_set.targets == digit).nonzero()[:, 0] for digit in digits]
+    data, generator = digits(), torch.Generator().manual_seed(seed)
+    drawn = torch.randperm(NUM_CLASSES, generator=generator).tolist()
+    members = [(data.train_set.targets == digit).nonzero()[:, 0] for digit in drawn]
     largest = min(map(len, members))
     counts = [max(1, round(largest * factor ** (-c / (NUM_CLASSES - 1)))) for c in range(NUM_CLASSES)]
     kept = [m[torch.randperm(len(m), generator=generator)][:count] for m, count in zip(members, counts, strict=True)]
     final = data.test_set if split == "test" else data.val_set
-    class_of = torch.tensor([digits.index(digit) for digit in range(NUM_CLASSES)])
+    class_of = torch.tensor([drawn.index(digit) for digit in range(NUM_CLASSES)])
     return Task(
         images_of(data.train_set, torch.cat(kept)),
         torch.arange(NUM_CLASSES).repeat_interleave(torch.tensor(counts)),
@@ -149,9 +154,9 @@ def callbacks_for(method: Method, task: Task, seed: int) -> list[Callback]:
     return callbacks
 
 
-def train(method: Method, task: Task, seed: int, num_steps: int, batch_size: int) -> MLPClassifier:
-    """The baseline's own SGD, with momentum 0.9, L2 decay 5e-4 and its rate on a half cosine."""
-    seed_everything(seed, verbose=False)
+def run(method: Method, factor: float, split: str, num_steps: int, batch_size: int, seed: int) -> tuple[Any, ...]:
+    """An arm: the baseline's own SGD, with momentum 0.9, L2 decay 5e-4 and its rate on a half cosine."""
+    task = draw_task(seed, factor, split)
     module = MLPClassifier(task.images[0].numel(), NUM_CLASSES, HIDDEN, lr=method.lr)
     # A simplex has no room where no feature is negative, so that dot-regression's paper ends its network in this, too.
     module.backbone.append(nn.BatchNorm1d(HIDDEN[-1]))
@@ -164,17 +169,18 @@ def train(method: Method, task: Task, seed: int, num_steps: int, batch_size: int
         enable_checkpointing=False,
         enable_model_summary=False,
     )
-    trainer.fit(module, batches_of(task, num_steps, batch_size, seed, method.balanced))
+    batches = batches_of(task, num_steps, batch_size, seed, method.balanced)
+    return trainer, module, batches, lambda: measure(module, task, method)
+
+
+@torch.no_grad()
+def measure(module: Any, task: Task, method: Method) -> dict[str, float]:
+    """Accuracies over classes, each weighing the same, and angles between small classes in training; see README.md."""
     if method.realigned == "lengths":
         realign_classifier(module, "head")
     elif method.realigned == "prior":
         realign_classifier(module, "head", power=0.0, frequencies=[1.0] * NUM_CLASSES, train_frequencies=task.counts)
-    return module.eval()
-
-
-@torch.no_grad()
-def measure(module: Any, task: Task) -> dict[str, float]:
-    """Accuracies over classes, each weighing the same, and angles between small classes in training; see README.md."""
+    module.eval()
     features = module.backbone(task.eval_images)
     mean_CD = class_means(class_sums(module.backbone(task.images), task.targets, NUM_CLASSES))
     right_C = class_accuracy(module.head(features), task.eval_targets)
@@ -182,14 +188,14 @@ def measure(module: Any, task: Task) -> dict[str, float]:
     row_CD = module.head.prototypes if hasattr(module.head, "prototypes") else module.head.weight
     fitted = module(task.images).argmax(1) == task.targets
     return {
-        "balanced": float(right_C.mean()),
-        "large": float(right_C[:-SMALL].mean()),
-        "small": float(right_C[-SMALL:].mean()),
-        "nearest": float(class_accuracy(nearest_NC, task.eval_targets).mean()),
-        "rows": mean_cosine((row_CD - row_CD.mean(0))[-SMALL:]),
-        "means": mean_cosine((mean_CD - mean_CD.mean(0))[-SMALL:]),
-        "fitted": float(fitted.double().mean()),
-        **{f"class {c}": float(right) for c, right in enumerate(right_C)},
+        "all_accuracy": float(right_C.mean()),
+        "large_accuracy": float(right_C[:-SMALL].mean()),
+        "small_accuracy": float(right_C[-SMALL:].mean()),
+        "nearest_accuracy": float(class_accuracy(nearest_NC, task.eval_targets).mean()),
+        "rows_cosine": mean_cosine((row_CD - row_CD.mean(0))[-SMALL:]),
+        "means_cosine": mean_cosine((mean_CD - mean_CD.mean(0))[-SMALL:]),
+        "fitted_accuracy": float(fitted.double().mean()),
+        **{f"class_{c}_accuracy": float(right) for c, right in enumerate(right_C)},
     }
 
 
@@ -206,152 +212,40 @@ def mean_cosine(vectors: Tensor) -> float:
     return float((gram.sum() - gram.trace()) / (size * (size - 1)))
 
 
-def mean_and_half_width(values: Sequence[float]) -> tuple[float, float]:
-    """Mean, and half of the 95 % interval that Student's t gives it; nan for a single value."""
-    from scipy.stats import t  # type: ignore[import-untyped]  # comes with scikit-learn
-
-    sample = torch.tensor(values, dtype=torch.float64)
-    count = len(values)
-    spread = float(sample.std()) / math.sqrt(count) if count > 1 else math.nan
-    return float(sample.mean()), float(t.ppf(0.975, max(count - 1, 1))) * spread
-
-
-Runs = dict[float, dict[str, list[dict[str, float]]]]  # factor, method, seeds
-
-
-def differences(runs: Runs, factor: float, name: str, key: str) -> tuple[float, float]:
-    scale = MEASURES[key][1]
-    pairs = zip(runs[factor][name], runs[factor]["ce"], strict=True)
-    return mean_and_half_width([scale * (row[key] - base[key]) for row, base in pairs])
-
-
-def tables(runs: Runs) -> str:
-    """Two markdown tables: mean and deviation over seeds; and paired differences to cross-entropy, with intervals."""
-    names = " | ".join(name for name, _ in MEASURES.values())
-    rule = "|---|---|" + "---|" * len(MEASURES)
-    lines = [f"| factor | method | {names} | fitted (%) |", f"{rule}---|"]
-    for factor, by_method in runs.items():
-        for name, rows in by_method.items():
-            cells = []
-            for key, (_, scale) in (*MEASURES.items(), ("fitted", ("", 100.0))):
-                values = torch.tensor([scale * row[key] for row in rows], dtype=torch.float64)
-                spread = float(values.std()) if len(rows) > 1 else math.nan
-                digits = 1 if scale > 1 else 2
-                cells.append(f"{float(values.mean()):.{digits}f} ± {spread:.{digits}f}")
-            lines.append(f"| {factor:g} | {METHODS[name].title} | " + " | ".join(cells) + " |")
-    if not all("ce" in by_method for by_method in runs.values()):
-        return "\n".join(lines)
-    lines += ["", f"| factor | method, minus cross-entropy | {names} |", rule]
-    for factor, by_method in runs.items():
-        for name in by_method:
-            if name == "ce":
-                continue
-            cells = []
-            for key, (_, scale) in MEASURES.items():
-                mean, half = differences(runs, factor, name, key)
-                digits = 1 if scale > 1 else 2
-                cells.append(f"{mean:+.{digits}f} [{mean - half:+.{digits}f}, {mean + half:+.{digits}f}]")
-            lines.append(f"| {factor:g} | {METHODS[name].title} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def draw_figure(runs: Runs, path: Path) -> None:
-    """Mean accuracy by class; paired differences to cross-entropy and angles of small classes, with 95 % intervals."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows_of = len(next(iter(runs.values())))
-    height = 0.8 + (0.9 + 0.28 * rows_of) * len(runs)
-    figure, grid = plt.subplots(len(runs), 3, figsize=(11, height), layout="constrained", squeeze=False)
-    for (factor, by_method), (classes, gains, angles) in zip(runs.items(), grid, strict=True):
-        for place, (name, rows) in enumerate(by_method.items()):
-            style: dict[str, Any] = {"color": COLOURS[place], "markersize": 4.5, "capsize": 2, "linewidth": 1.2}
-            by_class = [mean_and_half_width([100 * row[f"class {c}"] for row in rows])[0] for c in range(NUM_CLASSES)]
-            classes.plot(
-                range(1, NUM_CLASSES + 1), by_class, f"{MARKS[place]}-", color=COLOURS[place], markersize=4, linewidth=1
-            )
-            gains.plot(
-                -0.04, place, MARKS[place], color=COLOURS[place], transform=gains.get_yaxis_transform(), clip_on=False
-            )
-            if name != "ce":
-                for offset, key, marker in ((-0.17, "large", "^"), (0.17, "small", "v")):
-                    mean_gain, half_gain = differences(runs, factor, name, key)
-                    gains.errorbar(mean_gain, place + offset, xerr=half_gain, fmt=marker, **style)
-            for offset, key, marker in ((-0.17, "rows", "s"), (0.17, "means", "o")):
-                cosine, width = mean_and_half_width([row[key] for row in rows])
-                angles.errorbar(cosine, place + offset, xerr=width, fmt=marker, **style)
-        classes.set_xticks(range(1, NUM_CLASSES + 1))
-        classes.set_ylabel("accuracy (%)")
-        classes.set_title(f"   smallest class 1/{factor:g} of the largest", loc="left", fontsize=9)
-        gains.axvline(0, color="black", linewidth=0.8)
-        angles.axvline(-1 / (NUM_CLASSES - 1), color="black", linewidth=0.8, linestyle=":")
-        gains.set_yticks(range(len(by_method)), [METHODS[name].title for name in by_method])
-        gains.tick_params(axis="y", length=0, pad=16)
-        angles.set_yticks([])
-        for axis in (gains, angles):
-            axis.set_ylim(len(by_method) - 0.5, -0.5)
-        for axis in (classes, gains, angles):
-            axis.spines[["top", "right"]].set_visible(False)
-            axis.tick_params(labelsize=8)
-    for letter, axis in zip("abcdefghijkl", grid.flat, strict=False):
-        axis.text(0, 1.02, letter, transform=axis.transAxes, fontweight="bold", ha="right", va="bottom")
-    grid[-1, 0].set_xlabel("class, largest first")
-    grid[-1, 1].set_xlabel("accuracy, minus cross-entropy (points):\n▲ large, ▼ small classes")
-    grid[-1, 2].set_xlabel("mean cosine of two small classes:\n■ rows, ● means; dotted: simplex")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=10, help="runs of each method")
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--factors", nargs="+", type=float, default=[10.0, 100.0], help="largest over smallest class")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="the first is the base")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="other settings for all methods")
     parser.add_argument("--split", choices=["test", "val"], default="test", help="val: to choose settings with")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--fast", action="store_true", help="two seeds, three methods, a few steps: does it run?")
     parser.add_argument("--out", type=Path, default=Path("runs/neural_collapse_imbalanced"))
-    arguments = parser.parse_args()
-    if arguments.fast:
-        arguments.seeds, arguments.steps, arguments.factors = 2, 20, [10.0]
-        arguments.methods = ["ce", "simplex-dr", "regularized"]
-    changes: Any = {name: float(value) for name, value in (change.split("=") for change in arguments.set)}
-
-    torch.set_num_threads(1)
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    given = parser.parse_args()
+    if given.fast:
+        given.seeds, given.steps, given.factors = 2, 20, [10.0]
+        given.methods = ["ce", "simplex-dr", "regularized"]
+    changes: Any = {name: float(value) for name, value in (change.split("=") for change in given.set)}
     warnings.filterwarnings("ignore", module="lightning")
-    data = DigitsDataModule(val_fraction=0.15, test_fraction=0.3)
-    data.setup()
-    runs: Runs = {factor: {name: [] for name in arguments.methods} for factor in arguments.factors}
-    began = time.perf_counter()
-    for factor, by_method in runs.items():
-        for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
-            task = draw_task(data, seed, factor, arguments.split)
-            for name, rows in by_method.items():
-                method = METHODS[name]._replace(**changes)
-                module = train(method, task, seed, arguments.steps, arguments.batch_size)
-                rows.append({"seed": seed, **measure(module, task)})
-    count = sum(len(rows) for by_method in runs.values() for rows in by_method.values())
-    taken = time.perf_counter() - began
 
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    with open(arguments.out / "runs.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        classes = [f"class {c}" for c in range(NUM_CLASSES)]
-        writer.writerow(["factor", "method", "seed", *MEASURES, "fitted", *classes])
-        for factor, by_method in runs.items():
-            for name, rows in by_method.items():
-                writer.writerows([factor, name, *row.values()] for row in rows)
-    text = tables(runs)
-    (arguments.out / "table.md").write_text(text + "\n")
-    if "ce" in arguments.methods:
-        draw_figure(runs, arguments.out / "imbalanced.png")
-    print(f"{text}\n\n{count} runs in {taken:.0f} s, {taken / count:.2f} s each; all in {arguments.out}")
+    def arms(factor: float) -> dict[str, Any]:
+        options = (factor, given.split, given.steps, given.batch_size)
+        return {name: functools.partial(run, METHODS[name]._replace(**changes), *options) for name in given.methods}
+
+    compare_conditions(
+        {f"{factor:g}": arms(factor) for factor in given.factors},
+        range(given.first_seed, given.first_seed + given.seeds),
+        list(MEASURES),
+        folder=given.out,
+        executor="inline",
+        threads=1,
+        joint=False,
+        titles=MEASURES | {name: method.title for name, method in METHODS.items()},
+        heading="factor",
+    )
 
 
 if __name__ == "__main__":

@@ -29,6 +29,6 @@ def test_it_shows_each_seed_the_mean_the_interval_and_the_curves(made):
 def test_runs_without_a_partner_or_an_interval_can_be_drawn(made, tmp_path):
     question = Question("base", ("val/accuracy", "val/nothing"))
     records = [record for record in made[0] if record.seed == 0 or record.arm == "base"]
-    paths = save_figure(records, effects_of(records, question), question, tmp_path / "figure")
+    paths = save_figure(records, effects_of(records, question), question, {}, tmp_path / "figure")
     assert [path.name for path in paths] == ["figure.png", "figure.pdf"]
     assert all(path.stat().st_size > 1000 for path in paths)

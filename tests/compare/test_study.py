@@ -33,7 +33,17 @@ def test_each_run_is_a_folder_and_the_answer_is_beside_them(tmp_path):
     assert [effect.metric for effect in made.effects] == ["val/accuracy", "val/loss:min"]
     assert [effect.seeds for effect in made.effects] == [[0, 1]] * 2
     assert {path.name for path in tmp_path.iterdir()} == {
-        *("study.json", "runs", "runs.csv", "table.md", "cost.md", "comparison.png", "comparison.pdf", ".lock")
+        *(
+            "study.json",
+            "runs",
+            "runs.csv",
+            "table.md",
+            "cost.md",
+            "comparison.png",
+            "comparison.pdf",
+            ".lock",
+            "overview.md",
+        )
     }
     assert made.table in str(made)
     assert [answer.split(":")[0] for answer in made.answers] == ["faster, val/accuracy", "faster, val/loss"]

@@ -142,8 +142,7 @@ def as_arms(
     found: dict[str, Arm] = {}
     given: Any
     for name, given in named.items():
-        if not _NAME.fullmatch(name):
-            raise ValueError(f"arm {name!r}: a folder is named by it; take letters, digits and _ . + - alone.")
+        check_name("arm", name)
         if not hasattr(given, "build"):
             if not callable(given):
                 raise ValueError(
@@ -160,6 +159,12 @@ def as_arms(
                 ) from error
         found[name] = given
     return found
+
+
+def check_name(what: str, name: str) -> None:
+    """Refuse one that is none for a folder."""
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"{what} {name!r}: a folder is named by it; take letters, digits and _ . + - alone.")
 
 
 class _Built(BaseException):
