@@ -59,17 +59,25 @@ def find_recipe(name: str) -> str:
 
 
 def with_recipes(arguments: Sequence[str]) -> list[str]:
-    """The arguments with the value of each ``--config`` replaced by the path that ``find_recipe`` gives."""
+    """The arguments with the value of each ``--config`` replaced by the path that ``find_recipe`` gives, and so are
+    the files of each ``--arm NAME=FILE,FILE`` and ``--condition`` of ``compare``.
+    """
     found = list(arguments)
     for i, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
-        if name not in ("--config", "-c"):
+        find = {"--config": find_recipe, "-c": find_recipe, "--arm": _find_each, "--condition": _find_each}.get(name)
+        if find is None:
             continue
         if equals:
-            found[i] = f"{name}={find_recipe(value)}"
+            found[i] = f"{name}={find(value)}"
         elif i + 1 < len(arguments):
-            found[i + 1] = find_recipe(arguments[i + 1])
+            found[i + 1] = find(arguments[i + 1])
     return found
+
+
+def _find_each(named: str) -> str:
+    name, equals, files = named.partition("=")
+    return f"{name}={','.join(map(find_recipe, files.split(',')))}" if equals and files else named
 
 
 def recipe_files() -> dict[str, Path]:

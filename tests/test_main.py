@@ -72,6 +72,14 @@ def test_only_the_values_of_config_are_replaced():
     assert with_recipes(given) == ["fit", "--config", path, "--trainer.max_epochs", "3", f"--config={path}"]
 
 
+def test_the_files_of_arms_and_conditions_may_be_recipes():
+    path = str(recipe_folder() / "quickstart.yaml")
+    given = ["compare", "--arm", "a=quickstart,quickstart.yaml", "--condition=b=quickstart", "--arm", "alone"]
+    assert with_recipes(given) == ["compare", "--arm", f"a={path},{path}", f"--condition=b={path}", "--arm", "alone"]
+    with pytest.raises(ValueError, match="no recipe of that name"):
+        with_recipes(["compare", "--arm", "a=quickstrat"])
+
+
 def run(*command, folder):
     done = subprocess.run([sys.executable, *command], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]

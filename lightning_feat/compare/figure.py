@@ -18,6 +18,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 BASE_COLOUR = "#6b6b6b"
 WIDTH_INCHES = 6.5  # as wide as the text of a letter-sized page with one-inch margins
 DOTS_PER_INCH = 200
+LARGEST_RATIO = 100.0  # curves that span more are shown on a logarithmic axis
 
 
 def save_figure(
@@ -138,6 +139,7 @@ def draw_curves(axes: "Axes", records: Sequence[Record], metric: str, colours: d
     from matplotlib.ticker import MaxNLocator
 
     name, factor = split_metric(metric)[0], effect.factor
+    ends: list[float] = []
     for arm in [effect.base, *(arm for arm in colours if arm != effect.base)]:
         runs = [record for record in records if record.arm == arm and record.finished]
         points = _band([record.curves[name] for record in runs if name in record.curves])
@@ -153,8 +155,12 @@ def draw_curves(axes: "Axes", records: Sequence[Record], metric: str, colours: d
             marker="o" if len(points) == 1 else None,
             markersize=4,
         )
+        ends += [point[1] * factor for point in points]
         low, high = ([_clipped(point[i], effect.bounds) * factor for point in points] for i in (2, 3))
         axes.fill_between(x, low, high, color=colours[arm], alpha=0.18, linewidth=0)
+    if ends and min(ends) > 0 and max(ends) > LARGEST_RATIO * min(ends):
+        axes.set_yscale("log")
+        axes.set_ylim(bottom=min(ends) / 2)  # a band may reach below zero
     axes.set_xlabel("epoch", fontsize=8)
     axes.set_ylabel(name + (" (%)" if effect.is_share else ""), fontsize=8)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))

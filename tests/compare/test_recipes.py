@@ -2,6 +2,8 @@
 
 import functools
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,19 +13,19 @@ from lightning_feat.compare import YamlArm, compare
 from tests.compare import cases
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-ADAMW = """
-optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 0.001, weight_decay: 0.01}}
-"""
 
 
 @pytest.mark.slow
 def test_the_optimizers_of_neural_collapse(tmp_path):
     script = runpy.run_path(str(RECIPES / "neural_collapse" / "digits.py"))
-    base, arm = str(RECIPES / "neural_collapse" / "digits.yaml"), tmp_path / "adamw.yaml"
-    arm.write_text(ADAMW)
+    base, *arms = (str(RECIPES / "neural_collapse" / f"digits{name}.yaml") for name in ("", "_adam", "_adamw"))
     options = ("--trainer.max_epochs", "10", "--lr_scheduler.init_args.T_max", "10")
     made = compare(
-        {"sgd": YamlArm("sgd", (base,), options), "adamw": YamlArm("adamw", (base, str(arm)), options)},
+        {
+            "sgd": YamlArm("sgd", (base,), options),
+            "adam": YamlArm("adam", (base, arms[0]), options),
+            "adamw": YamlArm("adamw", (base, arms[1]), options),
+        },
         seeds=1,
         metrics=[script["logged"]("nc1_pinv_over_k"), script["logged"]("nc3"), "val/accuracy"],
         folder=tmp_path / "out",
@@ -36,6 +38,23 @@ def test_the_optimizers_of_neural_collapse(tmp_path):
         points = script["train"](record.arm, 0, 10).points
         for metric in made.question.metrics:
             assert record.value(metric) == points[metric][-1][1]
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ("neural_collapse/imbalanced.py", "| factor | arm, minus cross-entropy | all (%) |"),
+        ("feature_shift/finetune.py", "before fine-tuning, old digits, head kept: "),
+        ("grassmann/subspace_dim.py", "| Grassmann, k = 8 |"),
+    ],
+)
+@pytest.mark.slow
+def test_the_scripts_around_compare_run(script, said, tmp_path):
+    command = [sys.executable, str(RECIPES / script), "--fast", "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert said in done.stdout
+    assert list(tmp_path.glob("out/*.png"))
 
 
 @pytest.mark.slow
