@@ -76,8 +76,15 @@ def with_recipes(arguments: Sequence[str]) -> list[str]:
 
 
 def _find_each(named: str) -> str:
+    """A file that is not there stays as it was given: ``compare`` tells of it."""
     name, equals, files = named.partition("=")
-    return f"{name}={','.join(map(find_recipe, files.split(',')))}" if equals and files else named
+    found = []
+    for file in files.split(","):
+        try:
+            found.append(find_recipe(file))
+        except ValueError:
+            found.append(file)
+    return f"{name}{equals}{','.join(found)}"
 
 
 def recipe_files() -> dict[str, Path]:
