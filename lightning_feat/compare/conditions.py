@@ -82,7 +82,7 @@ def compare_conditions(
         check_name("condition", name)
     root = Path(folder)
     root.mkdir(parents=True, exist_ok=True)
-    about = {"conditions": list(conditions), "titles": dict(titles or {}), "heading": heading}
+    about: dict[str, Any] = {"conditions": list(conditions), "titles": dict(titles or {}), "heading": heading}
     write_json(root / "conditions.json", about)
     found = {}
     for name, arms in conditions.items():
