@@ -1,4 +1,4 @@
-"""Plain ``LightningModule``s, for the recipes to train. They know nothing of the rest of this library."""
+"""Plain LightningModules, for the recipes to train. They know nothing of the rest of this library."""
 
 from lightning_feat.baselines.clip import SmallClip
 from lightning_feat.baselines.clip_classifier import ClipClassifier
