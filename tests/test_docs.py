@@ -35,7 +35,8 @@ def toctree(page: Path) -> list[Path]:
     for block in re.findall(r"^```\{toctree\}\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL):
         for line in block.splitlines():
             if line and not line.startswith(":"):
-                found += toctree((page.parent / f"{line}.md").resolve())
+                path = re.sub(r"^.*<(.*)>$", r"\1", line)  # of "title <path>"
+                found += toctree((page.parent / f"{path}.md").resolve())
     return found
 
 
