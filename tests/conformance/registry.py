@@ -366,7 +366,7 @@ CALLBACKS = [
         "monitor",
         {"every_n_batches": 1},
         refuses=NO_FSDP2,
-        failure=Failure("lightning_feat.callbacks.feature_shift.monitor.shift_sums", "batch end"),
+        failure=Failure("lightning_feat.callbacks.feature_shift.sums.shift_sums", "batch end"),
     ),
     Entry(
         "FeatureShiftRegularizer",
