@@ -19,7 +19,7 @@ BLOCKS = [
     pytest.param(
         block,
         id=f"{path.relative_to(ROOT)}-{i}",
-        marks=[pytest.mark.slow] if str(path.relative_to(ROOT)) in SLOW else [],
+        marks=[pytest.mark.slow, pytest.mark.timeout(1200)] if str(path.relative_to(ROOT)) in SLOW else [],
     )
     for path in READMES
     for i, block in enumerate(re.findall(r"^```python\n(.*?)^```", path.read_text(), flags=re.MULTILINE | re.DOTALL))
