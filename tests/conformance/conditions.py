@@ -33,7 +33,7 @@ class Condition:
         trainer: makes the options of the Trainer; called for each, as plugins are not to be shared.
         source: of the training data, see ``datasets.loader``.
         val_loaders: how many.
-        quick: part of the short half.
+        quick: part of the short half, whose cells are run by mixin as well.
         where: in this process, or in the pair of processes that a script has started.
         available: whether the installed packages have it.
         lacks: the reason why an entry has nothing to compare here, if there is one.
@@ -109,6 +109,17 @@ STEP, LOOP, DATA, RUN, CHECKPOINTS, AROUND = (
     "What stands around it",
 )
 
+FIRST = {  # of the default run: one of each kind of fault that has been made
+    "fp32",
+    "16-mixed, GradScaler",
+    "accumulate 3 batches",
+    "manual_backward",
+    "batches as dict",
+    "several validation loaders",
+    "fit twice, two Trainers",
+    "exception in mid-epoch",
+    "resume in mid-epoch",
+}
 CONDITIONS = [
     Condition("fp32", STEP, quick=True),
     Condition("bf16-mixed", STEP, trainer=bfloat16),

@@ -1,6 +1,6 @@
 """Every callback under every condition: equal to the loop that its author would write, or refused at once.
 
-The short half belongs to the default run; the rest is slow. ``docs/compatibility.md`` shows what comes out.
+The conditions of ``FIRST`` belong to the default run; the rest is slow. ``docs/compatibility.md`` shows what comes out.
 """
 
 import pytest
@@ -9,7 +9,7 @@ from lightning.pytorch import Callback
 from lightning_feat import callbacks
 from tests.conformance import table
 from tests.conformance.cells import Outcome, outcome
-from tests.conformance.conditions import CONDITIONS
+from tests.conformance.conditions import CONDITIONS, FIRST
 from tests.conformance.registry import CALLBACKS
 
 BASES = {"MetricHistory", "Regularizer"}  # made to be derived from
@@ -19,7 +19,7 @@ def cells(where, only_quick=False):
     for entry in CALLBACKS:
         for condition in CONDITIONS:
             if condition.where == where and (condition.quick or not only_quick):
-                marks = [] if condition.quick else [pytest.mark.slow]
+                marks = [] if condition.name in FIRST else [pytest.mark.slow]
                 if not condition.available:
                     marks.append(pytest.mark.skip(reason="not installed"))
                 yield pytest.param(entry, condition, marks=marks, id=f"{entry}, {condition}")
@@ -44,6 +44,10 @@ def test_cell_of_two_processes(entry, condition, pair):
         word, detail = found.get(f"{entry}, {condition}", ["raised", "the cell was not reached"])
         assert word != "raised", detail
     table.check(entry, condition, Outcome(word, detail))
+
+
+def test_the_conditions_of_the_default_run_are_there():
+    assert {condition.name for condition in CONDITIONS if condition.quick} >= FIRST
 
 
 def test_every_public_callback_is_here():
