@@ -32,7 +32,7 @@ lint: $(READY)
 
 docs-test: $(READY)
 	$(PYTEST) --doctest-modules --doctest-continue-on-failure lightning_feat
-	$(PYTEST) tests/recipes/test_readmes.py
+	$(PYTEST) -m "not slow" tests/recipes/test_readmes.py
 
 # The site, into build/site; a warning is an error. Open build/site/index.html: it needs neither server nor network.
 docs: $(DOCS_READY)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from lightning_feat.report.collecting.budget import chosen_samples, lots, lowest_lots
+from lightning_feat.functional.common.lots import lots, lowest_lots
+from lightning_feat.report.collecting.budget import chosen_samples
 
 
 @pytest.mark.parametrize("parts", [1, 2, 7])

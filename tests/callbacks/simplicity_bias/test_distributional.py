@@ -254,7 +254,7 @@ def test_labels_out_of_range_are_refused_before_training(tmp_path):
 
 
 def test_without_validation_data_that_is_said(tmp_path):
-    with pytest.raises(ValueError, match="there are no val data yet"):
+    with pytest.raises(ValueError, match="the run has no validation data"):
         trainer(tmp_path, callbacks=[DistributionalSimplicityMonitor(data="val")]).fit(NeverSteps(), loader())
 
 
