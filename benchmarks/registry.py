@@ -61,7 +61,7 @@ CALLBACKS = [
     Entry("RegressionCollapseMonitor", lambda _: [ours.RegressionCollapseMonitor()], task="regression"),
     Entry("MixupGeometryMonitor", lambda _: [ours.MixupGeometryMonitor(num_pairs=64)]),
     Entry("LinearProbe (every epoch)", lambda _: [ours.LinearProbe(every_n_epochs=1)]),
-    Entry("SpectrumMonitor (4 layers)", lambda _: [ours.SpectrumMonitor(LAYERS)]),
+    Entry("SpectrumMonitor (4 layers)", lambda _: [ours.SpectrumMonitor(LAYERS, pooling="mean")]),
     Entry("UniformityRegularizer", lambda _: [ours.UniformityRegularizer()]),
     Entry("NeighbourProbe (every epoch)", lambda _: [ours.NeighbourProbe(every_n_epochs=1)]),
     Entry("NearestMeanProbe (every epoch)", lambda _: [ours.NearestMeanProbe(every_n_epochs=1)]),
