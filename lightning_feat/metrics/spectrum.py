@@ -135,12 +135,20 @@ class SpectrumDecay(MomentSumsMetric):
         first: index of the first eigenvalue that counts, from one.
         last: index of the last one; None for the last above zero.
         **kwargs: those of ``torchmetrics.Metric``.
+
+    Raises:
+        ValueError: if the range does not fit, or holds fewer than three eigenvalues.
     """
 
     @checked
     def __init__(self, num_features: int, first: int = 1, last: int | None = None, **kwargs: Any) -> None:
         super().__init__(num_features, **kwargs)
-        spectral_decay(torch.ones(max(num_features, 1)), first, last)  # refuses a range that does not fit
+        spectral_decay(torch.ones(self.num_features), first, last)  # refuses a range that does not fit
+        if min(last or self.num_features, self.num_features) - first < 2:
+            raise ValueError(
+                f"{first=} and {last=} of {self.num_features} eigenvalues: fewer than three are left, and no law can be "
+                "fitted. Take a wider range."
+            )
         self.first, self.last = first, last
 
     def compute(self) -> Tensor:

@@ -50,5 +50,8 @@ def test_what_does_not_fit_is_refused():
         RankMe(3).update(torch.zeros(2, 3), torch.zeros(3, dtype=torch.bool))
     with pytest.raises(ValueError, match="first=0"):
         SpectrumDecay(5, first=0)
+    for first, last in ((4, None), (1, 2), (300, 500)):
+        with pytest.raises(ValueError, match="of 5 eigenvalues: fewer than three"):
+            SpectrumDecay(5, first, last)
     with pytest.raises(ValueError, match="num_features=0"):
         EffectiveRank(0)
