@@ -146,8 +146,8 @@ class SpectrumDecay(MomentSumsMetric):
         spectral_decay(torch.ones(self.num_features), first, last)  # refuses a range that does not fit
         if min(last or self.num_features, self.num_features) - first < 2:
             raise ValueError(
-                f"{first=} and {last=} of {self.num_features} eigenvalues: fewer than three are left, and no law can be "
-                "fitted. Take a wider range."
+                f"{first=} and {last=} of {self.num_features} eigenvalues: fewer than three are left, and no law can "
+                "be fitted. Take a wider range."
             )
         self.first, self.last = first, last
 
