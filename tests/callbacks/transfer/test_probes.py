@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 from sklearn.svm import LinearSVC
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_feat.callbacks import LinearProbe, LinearSVMProbe, NearestMeanProbe, NeighbourProbe
 from lightning_feat.callbacks.transfer.probe import Probe
@@ -67,6 +67,17 @@ def test_classes_that_the_labelled_samples_lack_are_wrong(tmp_path, cls):
     run = fit(tmp_path, seeded(), cls("net.body", **loaders))
     (value,) = [float(v) for name, v in run.callback_metrics.items() if "/accuracy/" in name]
     assert value == 0
+
+
+@pytest.mark.parametrize("cls", EVERY)
+def test_class_indices_may_be_far_apart(tmp_path, cls):
+    values = []
+    for factor in (1, 10**12):
+        parts = [TensorDataset(x, factor * y) for x, y in (points(40, seed).tensors for seed in (1, 2))]
+        loaders = dict(zip(("train", "test"), (DataLoader(part, 16) for part in parts), strict=True))
+        run = fit(tmp_path, seeded(), cls("net.body", **loaders))
+        values += [float(v) for name, v in run.callback_metrics.items() if "/accuracy/" in name]
+    assert values[0] == values[1] > 0
 
 
 @pytest.mark.parametrize("cls", EVERY)
